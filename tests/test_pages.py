@@ -1,0 +1,909 @@
+"""The pages as a browser without JavaScript has them: read, followed and filled in over a real server."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+from html.parser import HTMLParser
+from itertools import pairwise
+from urllib.parse import urljoin
+
+import pytest
+from conftest import ROOT, Server, clean_environment, wait_until
+
+BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
+VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
+SHAPES = {"circle", "path", "rect", "line", "polyline", "polygon", "use"}  # SVG: closed where they open
+BIDI = "\u202e\u2066\u200f"
+HOSTILE = (
+    """</title></textarea></pre></option><script>alert(1)</script><img src=x onerror=alert(1)>"""
+    """ " onmouseover="alert(2)' style='x:y' {{ 7*7 }} {% raw %} &lt;b&gt; &#60;i&#62; """ + BIDI
+)
+
+
+class Element:
+    """One element of a page: its tag, attributes, parent, children, and the texts that stand in it."""
+
+    def __init__(self, tag: str, attributes: list[tuple[str, str | None]], parent: Element | None):
+        self.tag, self.parent = tag, parent
+        self.given, self.attributes = attributes, {name: value or "" for name, value in attributes}
+        self.children: list[Element | str] = []
+
+    def __getitem__(self, name: str) -> str:
+        return self.attributes.get(name, "")
+
+    def all(self, *tags: str) -> list[Element]:
+        """Every element in it, of these tags where some are named, as they come."""
+        found = []
+        for child in self.children:
+            if isinstance(child, Element):
+                found += ([child] if not tags or child.tag in tags else []) + child.all(*tags)
+        return found
+
+    @property
+    def text(self) -> str:
+        """Its text, blanks folded."""
+        return " ".join(self.raw.split())
+
+    @property
+    def raw(self) -> str:
+        """Its text as it stands."""
+        return "".join(child if isinstance(child, str) else child.raw for child in self.children)
+
+    def up(self):
+        """Yield it and what it stands in, outwards."""
+        yield self
+        if self.parent:
+            yield from self.parent.up()
+
+
+class Page(HTMLParser):
+    """A page, parsed strictly: what is opened is closed, in order."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.root = self.inside = Element("", [], None)
+        self.texts: list[tuple[Element, str]] = []
+        self.feed(text)
+        self.close()
+        assert self.inside is self.root, f"<{self.inside.tag}> is not closed"
+
+    def handle_starttag(self, tag, attrs) -> None:
+        element = Element(tag, attrs, self.inside)
+        self.inside.children.append(element)
+        if tag not in VOID:
+            self.inside = element
+
+    def handle_startendtag(self, tag, attrs) -> None:
+        assert tag in SHAPES | VOID, f"<{tag}/> closes nothing in HTML"
+        self.inside.children.append(Element(tag, attrs, self.inside))
+
+    def handle_endtag(self, tag) -> None:
+        assert tag == self.inside.tag, f"</{tag}> closes <{self.inside.tag}>"
+        self.inside = self.inside.parent
+
+    def handle_data(self, data) -> None:
+        self.inside.children.append(data)
+        self.texts.append((self.inside, data))
+
+    def all(self, *tags: str) -> list[Element]:
+        """Every element, of these tags where some are named."""
+        return self.root.all(*tags)
+
+    @property
+    def main(self) -> str:
+        """What the page says."""
+        return self.all("main")[0].text
+
+    @property
+    def shape(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Every element with the names of its attributes: what stored text must not change."""
+        return [(element.tag, tuple(name for name, _ in element.given)) for element in self.all()]
+
+    def form(self, *names: str) -> Element:
+        """The form that posts these controls."""
+        found = [
+            form
+            for form in self.all("form")
+            if set(names)
+            <= {control["name"] for control in form.all("input", "select", "textarea", "button")}
+        ]
+        assert len(found) == 1, f"{len(found)} forms have {names}"
+        return found[0]
+
+
+def value_of(control: Element) -> str:
+    """What a control sends when nobody touches it."""
+    if control.tag == "textarea":
+        return control.raw.removeprefix("\n")
+    if control.tag == "select":
+        options = control.all("option")
+        chosen = [option for option in options if "selected" in option.attributes] or options[:1]
+        return chosen[0].attributes.get("value", chosen[0].text)
+    return control["value"]
+
+
+def filled(form: Element, **entries: str) -> dict[str, str]:
+    """What a form sends when these entries are made in it; buttons send only what is pressed."""
+    controls = form.all("input", "select", "textarea")
+    fields = {control["name"]: value_of(control) for control in controls if control["name"]}
+    pressed = {button["name"] for button in form.all("button")}
+    assert set(entries) <= set(fields) | pressed
+    return fields | entries
+
+
+def look(server: Server, path: str, status: int = 200) -> Page:
+    """The page at a path, asked for as a browser does."""
+    response = server.ask("GET", path, headers=BROWSER)
+    assert (response.status_code, response.headers["Content-Type"]) == (status, "text/html; charset=utf-8")
+    return Page(response.text)
+
+
+def send(server: Server, path: str, fields: dict[str, str], **headers: str):
+    """Post a form's fields, urlencoded, as a browser that follows no redirect."""
+    headers = BROWSER | {"Origin": server.url, "Sec-Fetch-Site": "same-origin"} | headers
+    return server.session.post(
+        server.url + path, data=fields, headers=headers, allow_redirects=False, timeout=30
+    )
+
+
+def fill_in(server: Server, path: str, *names: str, **entries: str) -> str:
+    """Fill in the form of a page that has these controls, send it, and return where it leads."""
+    form = look(server, path).form(*(names or entries))
+    assert form["method"] == "post"
+    response = send(server, urljoin(path, form["action"]), filled(form, **entries))
+    assert response.status_code == 303, response.text
+    assert response.headers["Location"].startswith("/")
+    return response.headers["Location"]
+
+
+def page_of(task: dict) -> str:
+    """The path of a task's page."""
+    return f"/tasks/{task['id']}"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A server of our own: pages show everything there is, and all their links are followed."""
+    running = Server(tmp_path_factory.mktemp("pages") / "monitor.db")
+    yield running
+    assert running.stop() == 0
+    assert "Traceback" not in running.output
+
+
+@pytest.fixture(scope="module")
+def story(server):
+    """A task with all there is to show about it."""
+    workstream = server.post("/api/workstreams", name="Payments of pages")["id"]
+    task = server.post(
+        "/api/tasks", workstream_id=workstream, name="Refunds of pages", metadata={"branch": "fix-1"}
+    )
+    changes = {"status": "blocked", "summary_text": "Waits for the bank", "summary_source": "anna"}
+    server.ask("PATCH", f"/api/tasks/{task['id']}", changes)
+    server.say(task, "first words")
+    details = {"kind": "decision", "level": "warn", "tags": ["api", "two words"], "data": {"depth": [1, 2]}}
+    update = server.say(task, "last words\nin two lines", **details)
+    return {"workstream": workstream, "task": task, "update": update}
+
+
+# What they show ----------------------------------------------------------------------------------------
+
+
+def test_the_home_page_leads_to_the_dashboard(server):
+    response = server.ask("GET", "/", headers=BROWSER, allow_redirects=False)
+    assert response.status_code in (302, 303, 307, 308)
+    assert response.headers["Location"] == "/dashboard"
+
+
+def test_the_dashboard_shows_workstreams_with_their_tasks_and_newest_words(server, story):
+    page = look(server, "/dashboard")
+    (group,) = [
+        section for section in page.all("section") if "Payments of pages" in section.all("h2")[0].text
+    ]
+    (row,) = [item for item in group.all("li") if "Refunds of pages" in item.text]
+    for words in (f"#{story['task']['number']}", "blocked", "Waits for the bank", "last words", "warn"):
+        assert words in row.text
+    assert page_of(story["task"]) in [link["href"] for link in row.all("a")]
+    assert "first words" not in row.text
+
+
+def test_the_dashboard_leaves_out_what_is_hidden_or_archived(server):
+    hidden, archived = server.new_task("a hidden task"), server.new_task("a task of the archive")
+    server.ask("PATCH", f"/api/tasks/{hidden['id']}", {"hidden": True})
+    server.ask("PATCH", f"/api/workstreams/{archived['workstream_id']}", {"status": "archived"})
+    shown = look(server, "/dashboard").main
+    assert "a hidden task" not in shown and "a task of the archive" not in shown
+    assert "hidden" in look(server, page_of(hidden)).main
+    assert "a task of the archive" in look(server, page_of(archived)).main
+
+
+def test_an_empty_dashboard_says_how_to_begin(fresh):
+    running = fresh()
+    page = look(running, "/dashboard")
+    assert "monitor workstream create" in page.main
+    assert running.url in page.main
+    assert fill_in(running, "/dashboard", name="the first") == "/dashboard"
+    assert "the first" in look(running, "/dashboard").main
+    assert "monitor workstream create" not in look(running, "/dashboard").main
+
+
+def test_a_task_page_shows_where_it_stands(server, story):
+    shown = look(server, page_of(story["task"])).main
+    number = f"#{story['task']['number']}"
+    for words in (
+        number,
+        "Refunds of pages",
+        "Payments of pages",
+        "blocked",
+        "Waits for the bank",
+        "anna",
+        "fix-1",
+    ):
+        assert words in shown
+    assert story["task"]["id"] in shown
+
+
+def test_a_task_page_shows_its_updates_newest_first(server, story):
+    page = look(server, page_of(story["task"]))
+    rows = [item for item in page.all("li") if item["id"].startswith("u")]
+    assert rows[0]["id"] == f"u{story['update']['seq']}"
+    assert "first words" in rows[-1].text
+    for words in ("last words", "in two lines", "decision", "warn", "api", "two words", "manual", '"depth"'):
+        assert words in rows[0].text
+    assert story["update"]["timestamp"] in [moment["datetime"] for moment in rows[0].all("time")]
+
+
+def test_a_task_page_is_found_by_number_and_by_the_first_digits(server, story):
+    for reference in (story["task"]["number"], story["task"]["id"][:13]):
+        assert "Refunds of pages" in look(server, f"/tasks/{reference}").main
+
+
+def test_the_stream_page_shows_updates_of_all_tasks_newest_first(server, story):
+    other = server.new_task("another task of pages")
+    newest = server.say(other, "words of another task")
+    page = look(server, "/stream")
+    rows = [item for item in page.all("li") if item["id"].startswith("u")]
+    assert (rows[0]["id"], "another task of pages" in rows[0].text) == (f"u{newest['seq']}", True)
+    assert page_of(other) in [link["href"].partition("?")[0] for link in rows[0].all("a")]
+    numbers = [int(row["id"][1:]) for row in rows]
+    assert numbers == sorted(numbers, reverse=True)
+    assert story["update"]["seq"] in numbers
+
+
+def test_the_stream_page_searches(server, task):
+    server.say(task, "a kingfisher was seen")
+    server.say(task, "nothing was seen")
+    page = look(server, "/stream?q=kingfisher")
+    assert "a kingfisher was seen" in page.main and "nothing was seen" not in page.main
+    form = page.form("q")
+    assert (form["action"], form["method"], value_of(form.all("input")[0])) == (
+        "/stream",
+        "get",
+        "kingfisher",
+    )
+    assert look(server, "/stream?q=%22%20OR%20*%20NEAR(").main
+    assert look(server, "/stream?q=nosuchwordanywhere").main
+    assert look(server, "/stream?q=").main
+
+
+def test_a_long_message_is_there_to_the_last_letter(server, task):
+    message = "\n".join(f"line {count} " + "x" * 40 for count in range(200)) + " the end"
+    seq = server.say(task, message)["seq"]
+    (row,) = [item for item in look(server, page_of(task)).all("li") if item["id"] == f"u{seq}"]
+    parts = [part.raw for part in row.all("div") if part["class"] == "message"]
+    assert "".join(parts) == message
+
+
+@pytest.fixture(scope="module")
+def long_thread(server):
+    """A task with more updates than a page holds, and their numbers."""
+    task = server.new_task("a long thread")
+    return task, [server.say(task, f"word {count}")["seq"] for count in range(130)]
+
+
+@pytest.mark.parametrize("of_task", [True, False], ids=["task", "stream"])
+def test_older_updates_are_a_link_away(server, long_thread, of_task):
+    task, numbers = long_thread
+    path, seen = page_of(task) if of_task else "/stream", []
+    while path and not set(numbers) <= set(seen):
+        page = look(server, path)
+        seen += [int(item["id"][1:]) for item in page.all("li") if item["id"].startswith("u")]
+        path = next((urljoin(path, link["href"]) for link in page.all("a") if "Older" in link.text), None)
+    assert set(numbers) <= set(seen)
+    assert seen == sorted(set(seen), reverse=True)
+    if of_task:
+        assert (seen[::-1], path) == (numbers, None)
+
+
+# What they do ------------------------------------------------------------------------------------------
+
+
+def test_a_workstream_and_a_task_are_made_by_form(server):
+    page = look(server, "/dashboard")
+    (form,) = [form for form in page.all("form") if form["action"] == "/workstreams"]
+    assert send(server, "/workstreams", filled(form, name="made by form")).headers["Location"] == "/dashboard"
+    page = look(server, "/dashboard")
+    (group,) = [
+        section for section in page.all("section") if "made by form" in section.text.partition("0 open")[0]
+    ]
+    (form,) = group.all("form")
+    response = send(server, form["action"], filled(form, name="a task by form"))
+    assert response.status_code == 303
+    task = server.get("/api" + response.headers["Location"])
+    assert (task["name"], task["status"]) == ("a task by form", "active")
+    assert "a task by form" in look(server, response.headers["Location"]).main
+
+
+@pytest.mark.parametrize("status", ["blocked", "done", "cancelled"])
+def test_the_status_is_changed_by_a_button_and_back(server, task, status):
+    path = page_of(task)
+    buttons = [button["value"] for button in look(server, path).form("status").all("button")]
+    assert sorted(buttons) == ["blocked", "cancelled", "done"]
+    assert fill_in(server, path, status=status) == path
+    assert server.get("/api" + path)["status"] == status
+    assert fill_in(server, path, status="active") == path
+    assert server.get("/api" + path)["status"] == "active"
+
+
+def test_the_summary_is_written_kept_and_cleared(server, task):
+    path = page_of(task)
+    fill_in(server, path, summary_text="\r\nHalf <done>\r\n& more")
+    assert server.get("/api" + path)["summary_text"].strip() == "Half <done>\n& more"
+    assert server.get("/api" + path)["summary_source"] == "manual"
+    before = server.get("/api" + path)["summary_text"]
+    fill_in(server, path, "summary_text")
+    assert server.get("/api" + path)["summary_text"] == before
+    fill_in(server, path, summary_text="")
+    assert "summary_text" not in server.get("/api" + path)
+
+
+def test_a_task_is_renamed(server, task):
+    assert fill_in(server, page_of(task), name='new "name" &amp;') == page_of(task)
+    assert server.get("/api" + page_of(task))["name"] == 'new "name" &amp;'
+    assert value_of(look(server, page_of(task)).form("name").all("input")[0]) == 'new "name" &amp;'
+
+
+def test_a_task_is_moved(server, task):
+    target = server.post("/api/workstreams", name="the new home")["id"]
+    form = look(server, page_of(task)).form("workstream_id")
+    assert value_of(form.all("select")[0]) == task["workstream_id"]
+    fill_in(server, page_of(task), workstream_id=target)
+    assert server.get("/api" + page_of(task))["workstream_id"] == target
+
+
+def test_a_task_is_hidden_and_shown_again(server, task):
+    for value in ("true", "false"):
+        (button,) = look(server, page_of(task)).form("hidden").all("button")
+        assert button["value"] == value
+        fill_in(server, page_of(task), hidden=value)
+        assert ("hidden_at" in server.get("/api" + page_of(task))) == (value == "true")
+
+
+def test_an_update_is_added_with_all_its_fields(server, task):
+    details = {
+        "message": "one\r\ntwo \u20ac",
+        "level": "error",
+        "kind": "decision",
+        "tags": " api, , release x,",
+    }
+    lead = fill_in(server, page_of(task), **details)
+    (update,) = server.get("/api/updates", task_id=task["id"])["items"]
+    assert lead == f"{page_of(task)}#u{update['seq']}"
+    assert (update["message"], update["source"], update["level"]) == ("one\ntwo \u20ac", "manual", "error")
+    assert (update["kind"], update["tags"]) == ("decision", ["api", "release x"])
+
+
+def test_an_update_needs_nothing_but_a_message(server, task):
+    fill_in(server, page_of(task), message="just this")
+    (update,) = server.get("/api/updates", task_id=task["id"])["items"]
+    assert (update["message"], update["tags"]) == ("just this", [])
+    assert {"level", "data"} & set(update) == set()
+
+
+def test_a_form_takes_the_longest_message_that_the_api_takes(server, task):
+    longest = "\u20ac" * 65536
+    response = send(server, page_of(task) + "/updates", {"message": longest})
+    assert response.status_code == 303, response.text
+    assert server.get("/api/updates", task_id=task["id"])["items"][0]["message"] == longest
+
+
+# What they refuse --------------------------------------------------------------------------------------
+
+WRONG = {
+    "an empty name": ("/workstreams", {"name": " "}, 400, "name"),
+    "no name": ("/tasks", {"workstream_id": "1"}, 400, "name"),
+    "an unknown workstream": ("/tasks", {"workstream_id": "0" * 8, "name": "x"}, 404, "workstream"),
+    "an unknown status": ("/tasks/{}", {"status": "finished"}, 400, "status"),
+    "an unknown level": ("/tasks/{}/updates", {"message": "x", "level": "fatal"}, 400, "level"),
+    "an empty message": ("/tasks/{}/updates", {"message": "  "}, 400, "message"),
+    "an unknown task": ("/tasks/00000000", {"name": "x"}, 404, "00000000"),
+    "a name of NUL": ("/workstreams", {"name": "\0"}, 400, "NUL"),
+    "a name too long": ("/workstreams", {"name": "x" * 501}, 400, "500"),
+    "too many tags": (
+        "/tasks/{}/updates",
+        {"message": "x", "tags": ",".join(map(str, range(101)))},
+        400,
+        "tags",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_form_is_refused_with_a_page_that_says_why(server, task, name):
+    path, fields, status, word = WRONG[name]
+    response = send(server, path.format(task["id"]), fields)
+    assert (response.status_code, response.headers["Content-Type"]) == (status, "text/html; charset=utf-8")
+    assert word in Page(response.text).main
+    assert server.get("/api/updates", task_id=task["id"])["total"] == 0
+
+
+def test_a_form_that_is_too_large_or_not_a_form_is_refused(server, task):
+    path = page_of(task) + "/updates"
+    assert send(server, path, {"message": "x" * 2_000_000}).status_code == 413
+    assert (
+        send(server, path, json.dumps({"message": "x"}), **{"Content-Type": "application/json"}).status_code
+        == 415
+    )
+    assert send(server, path, "message=x", **{"Content-Type": "text/plain"}).status_code == 415
+    files = {"message": (None, "x")}
+    response = server.session.post(server.url + path, files=files, headers=BROWSER, timeout=30)
+    assert response.status_code == 415
+    assert server.get("/api/updates", task_id=task["id"])["total"] == 0
+
+
+@pytest.mark.parametrize(
+    "raw", [b"message=%FF%FE", b"message=\xff", b"%", b"=&=&", b"message=a;message=b", b""]
+)
+def test_bytes_that_are_no_form_do_no_harm(server, task, raw):
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    assert send(server, page_of(task) + "/updates", raw, **headers).status_code in (303, 400)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "http://evil.example", "Sec-Fetch-Site": "cross-site"},
+        {"Origin": "null"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Host": "rebound.example"},
+    ],
+    ids=str,
+)
+def test_a_form_of_another_site_is_refused(server, task, headers):
+    response = send(server, page_of(task), {"status": "done"}, **headers)
+    assert (response.status_code, response.headers["Content-Type"]) == (403, "text/html; charset=utf-8")
+    assert server.get("/api" + page_of(task))["status"] == "active"
+
+
+UNKNOWN = [
+    "/nothing",
+    "/tasks/00000000",
+    "/tasks/99999999",
+    "/tasks/x",
+    "/static/nothing.css",
+    "/tasks/1/nothing",
+]
+
+
+@pytest.mark.parametrize("path", UNKNOWN)
+def test_an_unknown_page_is_a_page_for_a_browser_and_json_for_others(server, path):
+    page = look(server, path, 404)
+    assert "/dashboard" in [link["href"] for link in page.all("a")]
+    assert "Not found" in page.main
+    for accept in ("*/*", "application/json"):
+        response = server.ask("GET", path, headers={"Accept": accept})
+        assert (response.status_code, response.json()["error"]) == (404, "not_found")
+
+
+def test_the_api_answers_a_browser_in_json_too(server):
+    response = server.ask("GET", "/api/tasks/00000000", headers=BROWSER)
+    assert (response.status_code, response.json()["error"]) == (404, "not_found")
+
+
+def test_other_errors_are_pages_too(server):
+    assert "before_seq" in look(server, "/stream?before_seq=x", 400).main
+    response = server.ask("DELETE", "/dashboard", headers=BROWSER | {"Origin": server.url})
+    assert response.status_code == 405
+    assert set(response.headers["Allow"].split(", ")) == {"GET", "HEAD", "OPTIONS"}
+    assert Page(response.text).main
+
+
+# Hostile text ------------------------------------------------------------------------------------------
+
+
+def dressed(server: Server, text: str) -> tuple[dict, str]:
+    """A task whose every text is `text`, and the source that its update names."""
+    workstream = server.post("/api/workstreams", name=text, metadata={text: text})["id"]
+    task = server.post("/api/tasks", workstream_id=workstream, name=text, metadata={text: [text]})
+    changes = {"summary_text": text, "summary_source": text[:200]}
+    assert server.ask("PATCH", f"/api/tasks/{task['id']}", changes).status_code == 200
+    fields = {
+        "source": text[:200],
+        "kind": text[:200],
+        "level": "warn",
+        "tags": [text[:200]],
+        "data": {text: [text]},
+    }
+    server.post("/api/updates", task_id=task["id"], message=text, **fields)
+    return task, text
+
+
+@pytest.fixture(scope="module")
+def dressed_pages(tmp_path_factory):
+    """The same pages with harmless and with hostile text, each from a server of its own."""
+    pages = {}
+    for name, text in (("harmless", "x" * len(HOSTILE)), ("hostile", HOSTILE)):
+        running = Server(tmp_path_factory.mktemp(name) / "monitor.db")
+        dressed(running, text)
+        paths = ("/dashboard", "/tasks/1", "/stream", "/nothing")
+        pages[name] = {path: look(running, path, 404 if path == "/nothing" else 200) for path in paths}
+        assert running.stop() == 0
+    return pages
+
+
+@pytest.mark.parametrize("path", ["/dashboard", "/tasks/1", "/stream"])
+def test_hostile_text_changes_nothing_of_the_markup(dressed_pages, path):
+    assert dressed_pages["hostile"][path].shape == dressed_pages["harmless"][path].shape
+
+
+@pytest.mark.parametrize("path", ["/dashboard", "/tasks/1", "/stream"])
+def test_hostile_text_is_shown_as_it_is(dressed_pages, path):
+    shown = [data for _, data in dressed_pages["hostile"][path].texts]
+    assert any(HOSTILE in data for data in shown)
+
+
+@pytest.mark.parametrize("path", ["/dashboard", "/tasks/1", "/stream"])
+def test_text_that_turns_the_writing_direction_turns_only_itself(dressed_pages, path):
+    for element, data in dressed_pages["hostile"][path].texts:
+        if set(BIDI) & set(data):
+            around = list(element.up())
+            isolated = any(one.tag in ("bdi", "title", "option") or one["dir"] == "auto" for one in around)
+            assert isolated, f"<{element.tag} class={element['class']!r}>: {data.strip()[:30]}"
+
+
+def test_a_hostile_path_or_search_is_shown_as_it_is(server):
+    hostile = "%3Cscript%3Ealert(1)%3C/script%3E%22%27"
+    plain = """<script>alert(1)</script>"'"""
+    page = look(server, f"/stream?q={hostile}")
+    assert value_of(page.form("q").all("input")[0]) == plain
+    for path in (f"/stream?q={hostile}", f"/nothing{hostile}", f"/tasks/{hostile}"):
+        page = look(server, path, 200 if "stream" in path else 404)
+        assert [script for script in page.all("script") if not script["src"]] == []
+    assert [line for line in server.ask("GET", f"/x{hostile}%0d%0aX-Y:z").headers if line == "X-Y"] == []
+
+
+def test_an_address_from_a_payload_is_a_link_only_to_the_web(server, story):
+    for path in ("/dashboard", "/stream", page_of(story["task"])):
+        for link in look(server, path).all("a"):
+            assert link["href"].startswith(("/", "#", "?", "http://", "https://")), link["href"]
+
+
+# How they are made -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def every_page(server, story):
+    """Every kind of page."""
+    paths = {
+        "/dashboard": 200,
+        page_of(story["task"]): 200,
+        "/stream": 200,
+        "/stream?q=words": 200,
+        "/login": 200,
+    }
+    return {path: look(server, path, status) for path, status in (paths | {"/nothing": 404}).items()}
+
+
+SECURITY = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+
+
+@pytest.mark.parametrize(
+    "path", ["/dashboard", "/tasks/1", "/stream", "/nothing", "/static/style.css", "/api/tasks"]
+)
+def test_every_answer_has_the_security_headers_once(server, story, path):
+    headers = server.ask("GET", path, headers=BROWSER).raw.headers
+    for name, value in SECURITY.items():
+        assert headers.getlist(name) == [value]
+    (policy,) = headers.getlist("Content-Security-Policy")
+    rules = dict(rule.strip().partition(" ")[::2] for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'" and rules["frame-ancestors"] == "'none'"
+    assert rules["base-uri"] == "'none'" and rules["form-action"] == "'self'"
+    assert "unsafe" not in policy and "*" not in policy and "http" not in policy
+    assert "Server" not in headers or not re.search(r"\d", headers["Server"])
+
+
+def test_no_page_has_script_or_style_of_its_own(every_page):
+    for page in every_page.values():
+        assert page.all("style") == []
+        assert [script for script in page.all("script") if not script["src"].startswith("/static/")] == []
+        given = {name for element in page.all() for name in element.attributes}
+        assert {name for name in given if name == "style" or name.startswith("on")} == set()
+
+
+def test_a_page_needs_nothing_from_elsewhere(every_page):
+    for page in every_page.values():
+        files = page.all("link", "script", "img", "source", "iframe", "object", "embed")
+        wanted = [element["href"] or element["src"] for element in files]
+        assert wanted and all(re.match(r"/(?!/)", address) for address in wanted)
+
+
+def test_every_link_within_leads_somewhere(server, every_page):
+    found = set()
+    for path, page in every_page.items():
+        names = {element["id"] for element in page.all() if element["id"]}
+        for element in page.all("a", "link", "img", "script"):
+            address = element["href"] or element["src"]
+            if address.startswith("#"):
+                assert address[1:] in names, f"{address} on {path}"
+            elif address.startswith(("/", "?")):
+                found.add(urljoin(path, address).partition("#")[0])
+    assert {address: server.ask("GET", address).status_code for address in found} == dict.fromkeys(found, 200)
+
+
+def test_every_control_has_a_label_and_every_label_a_control(every_page):
+    for path, page in every_page.items():
+        controls = [
+            one for one in page.all("input", "select", "textarea") if one["type"] not in ("hidden", "submit")
+        ]
+        labels = {label["for"] for label in page.all("label") if label.text}
+        for control in controls:
+            wrapped = any(one.tag == "label" for one in control.up())
+            assert wrapped or control["id"] in labels or control["aria-label"], f"{control['name']} on {path}"
+        assert labels <= {control["id"] for control in controls}, path
+
+
+def test_every_button_link_and_picture_has_a_name(every_page):
+    for path, page in every_page.items():
+        for element in page.all("button", "a", "summary"):
+            assert element.text or element["aria-label"], f"<{element.tag}> on {path}"
+        assert [image for image in page.all("img") if "alt" not in image.attributes] == []
+        for form in page.all("form"):
+            assert form.all("button") and form["action"].startswith("/"), f"<form> on {path}"
+
+
+def test_every_id_is_there_once_and_what_is_pointed_at_is_there(every_page):
+    for path, page in every_page.items():
+        names = [element["id"] for element in page.all() if "id" in element.attributes]
+        assert len(names) == len(set(names)), path
+        for element in page.all():
+            pointed = (
+                element["aria-labelledby"] + " " + element["aria-describedby"] + " " + element["list"]
+            ).split()
+            assert set(pointed) <= set(names), f"{pointed} on {path}"
+
+
+def test_every_page_has_its_landmarks(every_page):
+    for path, page in every_page.items():
+        (html,) = page.all("html")
+        assert html["lang"] == "en"
+        assert [len(page.all(tag)) for tag in ("title", "main", "h1")] == [1, 1, 1], path
+        assert page.all("title")[0].text.endswith("Monitor")
+        levels = [int(heading.tag[1]) for heading in page.all("h1", "h2", "h3", "h4")]
+        assert all(after <= before + 1 for before, after in pairwise(levels)), path
+    titles = [page.all("title")[0].text for page in every_page.values()]
+    assert len(set(titles)) == len(titles)
+
+
+def test_a_link_does_not_stand_in_a_link(every_page):
+    interactive = ("a", "button", "input", "select", "textarea", "label", "summary")
+    for path, page in every_page.items():
+        for element in page.all("a", "button"):
+            assert element.all(*interactive) == [], f"{element.text} on {path}"
+
+
+def test_no_page_asks_for_a_token_that_is_not_needed(server, every_page):
+    assert all("Set-Cookie" not in server.ask("GET", path).headers for path in every_page)
+
+
+# Logging in --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def closed(fresh):
+    """A server that wants a token for everything."""
+    return fresh(MONITOR_AUTH_MODE="strict", MONITOR_API_TOKENS="s3cret,other")
+
+
+def test_a_browser_is_led_to_the_login_and_back(closed):
+    response = closed.ask("GET", "/stream?q=a%20b", headers=BROWSER, allow_redirects=False)
+    lead = response.headers["Location"]
+    assert response.status_code == 303 and lead.startswith("/login?next=")
+    form = look(closed, lead).form("token")
+    assert "password" in [control["type"] for control in form.all("input")]
+    response = send(closed, form["action"], filled(form, token=" s3cret "))
+    assert (response.status_code, response.headers["Location"]) == (303, "/stream?q=a%20b")
+    cookie = response.headers["Set-Cookie"]
+    assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= set(cookie.split("; "))
+    assert "s3cret" not in cookie
+    assert look(closed, "/stream?q=a%20b").main
+
+
+def test_a_session_reads_writes_and_ends(closed):
+    send(closed, "/login", {"token": "other", "next": "/dashboard"})
+    assert fill_in(closed, "/dashboard", name="made in a session") == "/dashboard"
+    assert closed.get("/api/workstreams")["total"] == 1
+    (form,) = [form for form in look(closed, "/dashboard").all("form") if form["action"] == "/logout"]
+    cookies = closed.session.cookies.copy()
+    assert send(closed, "/logout", filled(form)).status_code == 303
+    assert closed.ask("GET", "/api/workstreams").status_code == 401
+    closed.session.cookies = cookies
+    assert closed.ask("GET", "/api/workstreams").status_code == 401, "the session has ended for good"
+
+
+def test_a_session_is_no_use_to_another_site(closed):
+    send(closed, "/login", {"token": "s3cret"})
+    assert send(closed, "/workstreams", {"name": "x"}, Origin="http://evil.example").status_code == 403
+    assert send(closed, "/workstreams", {"name": "x"}, **{"Sec-Fetch-Site": "cross-site"}).status_code == 403
+    assert closed.get("/api/workstreams")["total"] == 0
+
+
+def test_a_wrong_token_opens_no_session(closed):
+    for token in ("", "s3cre", "s3cret,other", "\u20ac", "\0"):
+        response = send(closed, "/login", {"token": token})
+        assert (response.status_code, "Set-Cookie" in response.headers) == (401, False)
+        assert Page(response.text).form("token")
+    assert closed.ask("GET", "/dashboard", headers=BROWSER, allow_redirects=False).status_code == 303
+
+
+def test_guessing_tokens_is_slow(closed):
+    tries = [send(closed, "/login", {"token": f"guess {count}"}).status_code for count in range(15)]
+    assert tries[0] == 401 and tries[-1] == 429
+    assert closed.ask("GET", "/api/tasks", headers={"Authorization": "Bearer s3cret"}).status_code == 200
+
+
+def test_a_login_leads_nowhere_else(closed):
+    for lead in ("//evil.example", "/\\evil.example", "https://evil.example", "/\t/evil", "", "x"):
+        response = send(closed, "/login", {"token": "s3cret", "next": lead})
+        assert (response.status_code, response.headers["Location"]) == (303, "/dashboard")
+
+
+def test_only_pages_lead_to_the_login(closed):
+    response = closed.ask("GET", "/dashboard")
+    assert (response.status_code, response.json()["error"]) == (401, "unauthorized")
+    assert "Location" not in response.headers
+    assert closed.ask("GET", "/api/tasks", headers=BROWSER).status_code == 401
+    assert closed.ask("GET", "/static/style.css").status_code == 200
+
+
+# Files -------------------------------------------------------------------------------------------------
+
+TYPES = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "static").iterdir()))
+def test_a_file_is_sent_with_its_type_and_an_etag(server, name):
+    response = server.ask("GET", f"/static/{name}")
+    assert (response.status_code, response.content) == (200, (ROOT / "static" / name).read_bytes())
+    wanted = TYPES.get(name.rpartition(".")[2])
+    assert not wanted or response.headers["Content-Type"].partition(";")[0] == wanted
+    again = server.ask("GET", f"/static/{name}", headers={"If-None-Match": response.headers["ETag"]})
+    assert (again.status_code, again.content, again.headers["ETag"]) == (304, b"", response.headers["ETag"])
+    other = server.ask("GET", f"/static/{name}", headers={"If-None-Match": '"another"'})
+    assert other.status_code == 200
+    head = server.ask("HEAD", f"/static/{name}")
+    assert (head.status_code, head.content) == (200, b"")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../monitor.py",
+        "..%2fmonitor.py",
+        "%2e%2e/schema.sql",
+        "..",
+        "",
+        ".",
+        "style.css/",
+        "x/../style.css",
+        "%00",
+    ],
+)
+def test_no_path_leads_out_of_the_folder(server, name):
+    request = f"GET /static/{name} HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nConnection: close\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
+        connection.sendall(request.encode())
+        with connection.makefile("rb") as answer:
+            assert re.match(rb"HTTP/1\.1 (404|400) ", answer.read())
+
+
+# The demo ----------------------------------------------------------------------------------------------
+
+
+class Demo(Server):
+    """A `monitor demo` process, with TMPDIR as the only place that it may write to."""
+
+    def start(self) -> None:
+        """Start it, and wait until it says where it is."""
+        self.before = time.monotonic()
+        self.errors = open(f"{self.database}.errors", "w+")  # noqa: SIM115 (closed by stop)
+        self.process = subprocess.Popen(
+            [*self.command, "demo", *self.options],
+            env=clean_environment(TMPDIR=str(self.database), **self.settings),
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            cwd=self.database,
+            text=True,
+        )
+        self.output = self.process.stdout.readline()
+        self.url = self.output.split()[-1]
+        self.port = int(self.url.rpartition(":")[2])
+        self.reader = threading.Thread(target=self._keep_output, args=(self.process.stdout,), daemon=True)
+        self.reader.start()
+
+    def stop(self, number: int = signal.SIGINT) -> int:
+        """Stop it; its standard error is kept."""
+        status = super().stop(number)
+        with self.errors:
+            self.errors.seek(0)
+            self.said = self.errors.read()
+        return status
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demo, with settings around that it must not listen to, and its story told at once."""
+    settings = {"MONITOR_AUTH_MODE": "strict", "MONITOR_API_TOKENS": "t", "MONITOR_DB": "/nowhere/at/all.db"}
+    running = Demo(tmp_path_factory.mktemp("demo"), "--speed", "0.01", **settings)
+    yield running
+    running.stop()
+
+
+def test_the_demo_says_where_it_is_and_what_to_do(demo):
+    wait_until(lambda: "Ctrl-C" in demo.output)
+    assert demo.output.startswith("Monitor ")
+    assert f"open {demo.url}" in demo.output
+
+
+def test_the_demo_shows_three_workstreams_and_a_dozen_tasks(demo):
+    workstreams = demo.get("/api/workstreams")["items"]
+    tasks = demo.get("/api/tasks")["items"]
+    assert (len(workstreams), len(tasks)) == (3, 12)
+    shown = look(demo, "/dashboard").main
+    assert [one["name"] for one in (*workstreams, *tasks) if one["name"] not in shown] == []
+    assert {task["status"] for task in tasks} >= {"active", "blocked", "done"}
+
+
+def test_the_demo_shows_an_agent_that_waits_and_a_build_that_failed(demo):
+    asking = demo.get("/api/updates", kind="permission_request", order="desc")["items"]
+    (failed, *_) = demo.get("/api/updates", kind="ci_run", level="error", order="desc")["items"]
+    shown = look(demo, "/dashboard").main
+    for update in (asking[0], failed):
+        assert update["message"].partition("\n")[0][:60] in look(demo, f"/tasks/{update['task_id']}").main
+    assert asking[0]["message"].partition("\n")[0][:60] in shown
+
+
+def test_the_demos_past_is_past_and_its_pages_hold_together(demo):
+    updates = demo.get("/api/updates", limit=200)["items"]
+    times = [update["timestamp"] for update in updates]
+    assert times == sorted(times) and times[0] < times[-1]
+    age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(times[0])
+    assert age > datetime.timedelta(hours=24)
+    for task in demo.get("/api/tasks")["items"]:
+        assert look(demo, page_of(task)).main
+    assert look(demo, "/stream").main
+
+
+def test_the_demo_is_open_to_try_whatever_the_settings_say(demo):
+    lead = fill_in(demo, page_of(demo.get("/api/tasks/1")), message="hello from a visitor")
+    assert "hello from a visitor" in look(demo, lead).main
+
+
+def test_the_demo_goes_on_and_stops_at_once_leaving_nothing(tmp_path):
+    running = Demo(tmp_path, "--speed", "1000")
+    past = running.get("/api/updates")["total"]
+    steps = [json.loads(line) for line in (ROOT / "static" / "demo.jsonl").read_text().splitlines()]
+    last = [step for step in steps if step["do"] == "patch"][-1]
+    wait_until(lambda: last["summary_text"] in look(running, "/dashboard").main)
+    assert running.get("/api/updates")["total"] > past
+    before = time.monotonic()
+    assert running.stop() == 0
+    assert time.monotonic() - before < 2
+    assert "Traceback" not in running.said + running.output
+    assert list(tmp_path.iterdir()) == []
