@@ -10,8 +10,8 @@
 Workstreams hold tasks; every task has an append-only thread of updates from people, coding agents and CI.
 The file, top to bottom (each section has a banner of its own):
 
-    config       settings as data, and the frozen Config made from the environment
     errors       Problem: the one way to say no, the same for the API, the pages and the command line
+    config       settings as data, and the frozen Config made from the environment
     validation   JSON from outside, field tables, clean()
     redaction    what looks like a secret is masked (pure)
     agents       hook payloads of coding agents -> Draft of an update (pure)
@@ -79,11 +79,9 @@ flask = lazy("flask")
 
 @functools.cache
 def asset(*parts: str) -> bytes:
-    """Return a file that ships beside this module; FileNotFoundError where there is none.
-
-    Through the module's loader, so that a checkout, a wheel and a zip are the same to it (Flask's own
-    template and static folders do not work inside a zip).
-    """
+    """Return a file that ships beside this module; FileNotFoundError where there is none. Through the
+    module's loader: a checkout, a wheel and a zip are the same to it (Flask's own folders do not work in a
+    zip)."""
     try:
         return __loader__.get_data(os.path.join(os.path.dirname(os.path.abspath(__file__)), *parts))
     except OSError as error:
@@ -91,154 +89,14 @@ def asset(*parts: str) -> bytes:
 
 
 # ======================================================================================================
-# config: settings as data
-# ======================================================================================================
-
-
-class Setting(NamedTuple):
-    """One environment variable: its name, default, and what it is for."""
-
-    name: str
-    default: str
-    help: str
-
-
-SETTINGS = (
-    Setting("MONITOR_BIND", "127.0.0.1:3000", "Address and port to listen on."),
-    Setting(
-        "MONITOR_DB", "sqlite:monitor.db?mode=rwc", "Database file: a path, sqlite:PATH or sqlite::memory:."
-    ),
-    Setting("MONITOR_AUTH_MODE", "relaxed", "relaxed: reads are open; strict: reads need a token too."),
-    Setting("MONITOR_API_TOKENS", "", "Tokens that may write, comma separated; none: writes are open."),
-    Setting("MONITOR_ALLOWED_HOSTS", "", "More names that this server answers to, comma separated."),
-    Setting("MONITOR_REDACT", "on", "off: strings that look like secrets are stored as they come."),
-    Setting(
-        "MONITOR_RETENTION", "", "Age at which updates are removed, as 90d; data:30d drops their data only."
-    ),
-)
-CLIENT_SETTINGS = (
-    Setting("MONITOR_SERVER", "http://127.0.0.1:3000", "The server that the commands talk to."),
-    Setting("MONITOR_TOKEN", "", "The token that the commands send."),
-)
-AUTH_MODES = ("relaxed", "strict")
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What a server needs to know. Made by `Config.load`; every value has been checked."""
-
-    host: str
-    port: int
-    database: str | None  # a path; None: a private temporary file
-    auth_mode: str
-    tokens: tuple[bytes, ...]
-    allowed_hosts: tuple[str, ...] = ()
-    redact: bool = True
-    retention: tuple[tuple[bool, datetime.timedelta], ...] = ()  # (only the data, age)
-
-    @classmethod
-    def load(cls, given: dict[str, str | None] | None = None) -> Config:
-        """Read the settings: what is `given` by name first, then the environment, then the defaults.
-
-        Raises Problem (server_misconfigured) with a sentence when a value makes no sense.
-        """
-        given = given or {}
-        values = {
-            setting.name: given.get(setting.name) or os.environ.get(setting.name) or setting.default
-            for setting in SETTINGS
-        }
-        host, port = parse_bind(values["MONITOR_BIND"])
-        for name, words in (("MONITOR_AUTH_MODE", AUTH_MODES), ("MONITOR_REDACT", ("on", "off"))):
-            values[name] = values[name].strip().lower()
-            if values[name] not in words:
-                raise Problem(
-                    "server_misconfigured", f"{name} is {values[name]!r}; it must be {' or '.join(words)}"
-                )
-        return cls(
-            host,
-            port,
-            parse_database(values["MONITOR_DB"]),
-            values["MONITOR_AUTH_MODE"],
-            tuple(token.encode() for token in split_list(values["MONITOR_API_TOKENS"])),
-            tuple(name.lower() for name in split_list(values["MONITOR_ALLOWED_HOSTS"])),
-            values["MONITOR_REDACT"] == "on",
-            tuple(parse_retention(rule) for rule in split_list(values["MONITOR_RETENTION"])),
-        )
-
-
-def parse_age(text: str) -> datetime.timedelta:
-    """An age such as 30d, 12h or 45m; Problem (invalid_input) when it is none."""
-    found = re.fullmatch(r"([0-9]{1,5})([dhm])", text.strip(), re.ASCII)
-    if not found:
-        raise Problem(
-            "invalid_input", f"{text[:40]!r} is not an age; it must look like 30d, 12h or 45m", "older_than"
-        )
-    return datetime.timedelta(**{{"d": "days", "h": "hours", "m": "minutes"}[found[2]]: int(found[1])})
-
-
-def parse_retention(rule: str) -> tuple[bool, datetime.timedelta]:
-    """One rule of MONITOR_RETENTION: whether only the data goes, and at what age."""
-    try:
-        return rule.startswith("data:"), parse_age(rule.removeprefix("data:"))
-    except Problem:
-        raise Problem(
-            "server_misconfigured", f"MONITOR_RETENTION is {rule!r}; it must look like 90d or data:30d"
-        ) from None
-
-
-def split_list(text: str) -> list[str]:
-    """Split at commas; blanks around the entries and empty entries are dropped."""
-    return [entry.strip() for entry in text.split(",") if entry.strip()]
-
-
-def parse_bind(text: str) -> tuple[str, int]:
-    """Split `host:port` or `[v6]:port`; Problem (server_misconfigured) when it is neither."""
-    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]\s]*)):([0-9]{1,5})", text.strip())
-    if not found or int(found[3]) > 65535:
-        raise Problem("server_misconfigured", f"MONITOR_BIND is {text!r}; it must look like 127.0.0.1:3000")
-    return found[1] or found[2] or "0.0.0.0", int(found[3])
-
-
-def parse_database(text: str) -> str | None:
-    """Return the path that a database setting names, None for `sqlite::memory:`.
-
-    Taken: PATH, sqlite:PATH and, for the absolute path /PATH, sqlite:///PATH; a ?query is dropped from URLs.
-    """
-    text = text.strip()
-    if not text.startswith("sqlite:"):
-        path = text
-    else:
-        path = text.removeprefix("sqlite:").partition("?")[0]
-        if path == ":memory:":
-            return None
-        if path.startswith("//"):
-            path = path[2:]
-    if not path or "\0" in path:
-        raise Problem(
-            "server_misconfigured", f"MONITOR_DB is {text!r}; it must name a file, as sqlite:monitor.db"
-        )
-    return path
-
-
-# ======================================================================================================
 # errors: the one way to say no
 # ======================================================================================================
 
 STATUS_OF = {
-    "invalid_input": 400,
-    "unauthorized": 401,
-    "forbidden": 403,
-    "not_found": 404,
-    "method_not_allowed": 405,
-    "timed_out": 408,
-    "conflict": 409,
-    "too_large": 413,
-    "unsupported_media_type": 415,
-    "too_many_requests": 429,
-    "internal_error": 500,
-    "server_misconfigured": 500,
-    "unavailable": 503,
-}
+    "invalid_input": 400, "unauthorized": 401, "forbidden": 403, "not_found": 404, "method_not_allowed": 405,
+    "timed_out": 408, "conflict": 409, "too_large": 413, "unsupported_media_type": 415,
+    "too_many_requests": 429, "internal_error": 500, "server_misconfigured": 500, "unavailable": 503,
+}  # fmt: skip
 
 
 class Problem(Exception):
@@ -257,6 +115,119 @@ class Problem(Exception):
         """The JSON body that tells it."""
         body = {"error": self.code, "message": self.message}
         return body | {"field": self.field} if self.field else body
+
+
+def invalid(message: str, field: str | None = None) -> Problem:
+    """The Problem of bad input."""
+    return Problem("invalid_input", message, field)
+
+
+def misconfigured(message: str) -> Problem:
+    """The Problem of a server that cannot start."""
+    return Problem("server_misconfigured", message)
+
+
+# ======================================================================================================
+# config: settings as data
+# ======================================================================================================
+
+
+class Setting(NamedTuple):
+    """One environment variable: its name, default, and what it is for."""
+
+    name: str
+    default: str
+    help: str
+
+
+SETTINGS = (
+    Setting("MONITOR_BIND", "127.0.0.1:3000", "Address and port to listen on."),
+    Setting("MONITOR_DB", "sqlite:monitor.db?mode=rwc", "Database: a path, sqlite:PATH, sqlite::memory:."),
+    Setting("MONITOR_AUTH_MODE", "relaxed", "relaxed: reads are open; strict: reads need a token too."),
+    Setting("MONITOR_API_TOKENS", "", "Tokens that may write, comma separated; none: writes are open."),
+    Setting("MONITOR_ALLOWED_HOSTS", "", "More names that this server answers to, comma separated."),
+    Setting("MONITOR_REDACT", "on", "off: strings that look like secrets are stored as they come."),
+    Setting("MONITOR_RETENTION", "", "Age at which updates go, as 90d; data:30d drops their data only."),
+)
+CLIENT_SETTINGS = (
+    Setting("MONITOR_SERVER", "http://127.0.0.1:3000", "The server that the commands talk to."),
+    Setting("MONITOR_TOKEN", "", "The token that the commands send."),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a server needs to know. Made by `Config.load`; every value has been checked."""
+
+    host: str
+    port: int
+    database: str | None  # a path; None: a private temporary file
+    auth_mode: str
+    tokens: tuple[bytes, ...]
+    allowed_hosts: tuple[str, ...] = ()
+    redact: bool = True
+    retention: tuple[tuple[bool, datetime.timedelta], ...] = ()  # (only the data, age)
+
+    @classmethod
+    def load(cls, given: dict[str, str | None] | None = None) -> Config:
+        """Read the settings: `given` by name, else from the environment. Problem for what makes no sense."""
+        given = given or {}
+        values = {name: given.get(name) or os.environ.get(name) or default for name, default, _ in SETTINGS}
+        host, port = parse_bind(values["MONITOR_BIND"])
+        for name, words in (("MONITOR_AUTH_MODE", ("relaxed", "strict")), ("MONITOR_REDACT", ("on", "off"))):
+            values[name] = values[name].strip().lower()
+            if values[name] not in words:
+                raise misconfigured(f"{name} is {values[name]!r}; it must be {' or '.join(words)}")
+        return cls(
+            host,
+            port,
+            parse_database(values["MONITOR_DB"]),
+            values["MONITOR_AUTH_MODE"],
+            tuple(token.encode() for token in split_list(values["MONITOR_API_TOKENS"])),
+            tuple(name.lower() for name in split_list(values["MONITOR_ALLOWED_HOSTS"])),
+            values["MONITOR_REDACT"] == "on",
+            tuple(parse_retention(rule) for rule in split_list(values["MONITOR_RETENTION"])),
+        )
+
+
+def parse_age(text: str) -> datetime.timedelta:
+    """An age such as 30d, 12h or 45m; Problem (invalid_input) when it is none."""
+    found = re.fullmatch(r"([0-9]{1,5})([dhm])", text.strip(), re.ASCII)
+    if not found:
+        raise invalid(f"{text[:40]!r} is not an age; it must look like 30d, 12h or 45m", "older_than")
+    return datetime.timedelta(**{{"d": "days", "h": "hours", "m": "minutes"}[found[2]]: int(found[1])})
+
+
+def parse_retention(rule: str) -> tuple[bool, datetime.timedelta]:
+    """One rule of MONITOR_RETENTION: whether only the data goes, and at what age."""
+    try:
+        return rule.startswith("data:"), parse_age(rule.removeprefix("data:"))
+    except Problem:
+        raise misconfigured(f"MONITOR_RETENTION is {rule!r}; it must look like 90d or data:30d") from None
+
+
+def split_list(text: str) -> list[str]:
+    """Split at commas; blanks around the entries and empty entries are dropped."""
+    return [entry.strip() for entry in text.split(",") if entry.strip()]
+
+
+def parse_bind(text: str) -> tuple[str, int]:
+    """Split `host:port` or `[v6]:port`; Problem (server_misconfigured) when it is neither."""
+    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]\s]*)):([0-9]{1,5})", text.strip())
+    if not found or int(found[3]) > 65535:
+        raise misconfigured(f"MONITOR_BIND is {text!r}; it must look like 127.0.0.1:3000")
+    return found[1] or found[2] or "0.0.0.0", int(found[3])
+
+
+def parse_database(text: str) -> str | None:
+    """The path in PATH, sqlite:PATH?query or, for the absolute /PATH, sqlite:///PATH; None: in memory."""
+    path = text = text.strip()
+    if text.startswith("sqlite:"):
+        path = text.removeprefix("sqlite:").partition("?")[0]
+        path = path[2:] if path.startswith("//") else path
+    if not path or "\0" in path:
+        raise misconfigured(f"MONITOR_DB is {text!r}; it must name a file, as sqlite:monitor.db")
+    return None if path == ":memory:" and text != path else path
 
 
 # ======================================================================================================
@@ -284,21 +255,21 @@ def dump(value: Any) -> str:
 
 def parse_json(raw: bytes) -> Any:
     """Parse a JSON text in UTF-8. Problem (invalid_input) for what could not be stored and given back.
-
-    Refused beyond the grammar: NaN and numbers that overflow to infinity (json.loads("1e999") gives one, and
-    one stored Infinity breaks every list that holds it), integers beyond 64 bits, more than 64 levels, NUL
-    (SQL functions cut strings there) and lone surrogates.
-    """
+    Refused beyond the grammar: NaN and numbers that overflow to infinity (json.loads("1e999") gives one,
+    and one stored Infinity breaks every list that holds it), integers beyond 64 bits, more than 64 levels,
+    NUL (SQL functions cut strings there) and lone surrogates."""
     try:
         text = raw.decode("utf-8")
         value = json.loads(text, parse_int=parse_integer, parse_float=parse_float, parse_constant=parse_float)
-        check_depth(value)
+        too_deep = deeper_than(value, MAX_DEPTH)
     except UnicodeDecodeError:
-        raise Problem("invalid_input", "the body is not UTF-8") from None
+        raise invalid("the body is not UTF-8") from None
     except RecursionError:
-        raise Problem("invalid_input", f"the body is nested deeper than {MAX_DEPTH} levels") from None
+        too_deep = True
     except ValueError as error:
-        raise Problem("invalid_input", f"the body is not JSON: {error}") from None
+        raise invalid(f"the body is not JSON: {error}") from None
+    if too_deep:
+        raise invalid(f"the body is nested deeper than {MAX_DEPTH} levels")
     if re.search(r"\\u(0000|[dD][89a-fA-F])", text):
         check_strings(value)
     return value
@@ -313,39 +284,33 @@ def parse_integer(digits: str) -> int:
 
 def parse_float(digits: str) -> float:
     """Read a JSON number; ValueError when it is not finite."""
-    number = float(digits)
-    if not abs(number) <= sys.float_info.max:
+    if not abs(float(digits)) <= sys.float_info.max:
         raise ValueError(f"the number {digits[:24]} is not finite")
-    return number
+    return float(digits)
 
 
-def check_depth(value: Any) -> None:
-    """Problem (invalid_input) when `value` is nested deeper than MAX_DEPTH levels."""
+def deeper_than(value: Any, levels: int) -> bool:
+    """Whether dicts and lists are nested deeper than some levels; without recursion."""
     level = [value] if isinstance(value, (dict, list)) else []
-    for _ in range(MAX_DEPTH):
+    for _ in range(levels):
         children = (child for node in level for child in (node.values() if isinstance(node, dict) else node))
         level = [child for child in children if isinstance(child, (dict, list))]
-    if level:
-        raise Problem("invalid_input", f"the body is nested deeper than {MAX_DEPTH} levels")
+    return bool(level)
 
 
 def check_strings(value: Any) -> None:
     """Problem (invalid_input) when a string or key at any depth holds NUL or a lone surrogate."""
     if isinstance(value, str):
         check_text(value)
-    elif isinstance(value, dict):
-        for key, child in value.items():
-            check_text(key)
-            check_strings(child)
-    elif isinstance(value, list):
-        for child in value:
+    elif isinstance(value, (dict, list)):
+        for child in [*value, *value.values()] if isinstance(value, dict) else value:
             check_strings(child)
 
 
 def check_text(text: str, field: str | None = None) -> str:
     """Return `text`; Problem (invalid_input) when it holds NUL or a lone surrogate."""
     if "\0" in text or re.search("[\ud800-\udfff]", text):
-        raise Problem("invalid_input", f"{field or 'text'} must hold neither NUL nor lone surrogates", field)
+        raise invalid(f"{field or 'text'} must hold neither NUL nor lone surrogates", field)
     return text
 
 
@@ -355,11 +320,23 @@ class Field(NamedTuple):
     check: Callable[[Any, str], Any]
     schema: dict[str, Any]
     required: bool = False
+    text: str = ""
 
 
 def wrong(name: str, sentence: str) -> Problem:
     """The Problem of a field: `name` and what it must be."""
-    return Problem("invalid_input", f"{name} must {sentence}", name)
+    return invalid(f"{name} must {sentence}", name)
+
+
+def field_of(kind: type, word: str, required: bool = False) -> Field:
+    """A field of a JSON type; of `object` any value (parse_json has refused what cannot be stored)."""
+
+    def check(value: Any, name: str) -> Any:
+        if not isinstance(value, kind):
+            raise wrong(name, f"be {word}")
+        return value
+
+    return Field(check, {"type": word.split()[-1]} if word else {}, required)
 
 
 def text_field(limit: int, required: bool = False, empty: bool = False) -> Field:
@@ -392,31 +369,15 @@ def choice_field(*choices: str) -> Field:
 
 def flag_field() -> Field:
     """A JSON boolean; in a query `true` or `false`."""
-    words = {"true": True, "1": True, "false": False, "0": False}
 
     def check(value: Any, name: str) -> bool:
-        value = words.get(value.lower()) if isinstance(value, QueryText) else value
+        if isinstance(value, QueryText):
+            value = {"true": True, "1": True, "false": False, "0": False}.get(value.lower())
         if not isinstance(value, bool):
             raise wrong(name, "be true or false")
         return value
 
     return Field(check, {"type": "boolean"})
-
-
-def object_field() -> Field:
-    """A JSON object."""
-
-    def check(value: Any, name: str) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            raise wrong(name, "be an object")
-        return value
-
-    return Field(check, {"type": "object"})
-
-
-def json_field(required: bool = False) -> Field:
-    """Any JSON value (parse_json has refused what cannot be stored)."""
-    return Field(lambda value, name: value, {}, required)
 
 
 def tags_field(most: int = 100, limit: int = 200) -> Field:
@@ -476,87 +437,73 @@ LEVELS = ("info", "warn", "error")
 TASK_STATUSES = ("active", "blocked", "done", "cancelled")
 WORKSTREAM_STATUSES = ("active", "archived")
 
-NEW_WORKSTREAM: Fields = {"name": text_field(MAX_NAME, required=True), "metadata": json_field()}
-WORKSTREAM_CHANGES: Fields = {
-    "name": text_field(MAX_NAME),
-    "status": choice_field(*WORKSTREAM_STATUSES),
-    "metadata": json_field(),
-}
-NEW_TASK: Fields = {
-    "workstream_id": reference_field(required=True),
-    "name": text_field(MAX_NAME, required=True),
-    "metadata": json_field(),
-}
-TASK_CHANGES: Fields = {
-    "name": text_field(MAX_NAME),
-    "workstream_id": reference_field(),
-    "status": choice_field(*TASK_STATUSES),
-    "summary_text": text_field(MAX_MESSAGE, empty=True),
-    "summary_source": text_field(200),
-    "hidden": flag_field(),
-    "metadata": json_field(),
-}
-MANUAL_UPDATE: Fields = {
-    "task_id": reference_field(required=True),
-    "message": text_field(MAX_MESSAGE, required=True),
-    "level": choice_field(*LEVELS),
-    "kind": text_field(200),
-    "tags": tags_field(),
-    "data": json_field(),
-}
-NEW_UPDATE: Fields = MANUAL_UPDATE | {"source": text_field(200, required=True)}
-CLAUDE_HOOK: Fields = {"task_id": reference_field(required=True), "payload": json_field(required=True)}
-GITHUB_WEBHOOK: Fields = CLAUDE_HOOK | {"headers": object_field()}
-
-PRUNING: Fields = {
-    "older_than": text_field(10, required=True),
-    "data_only": flag_field(),
-    "dry_run": flag_field(),
+REFERENCE, WORD, ANY = reference_field(), text_field(200), field_of(object, "")
+FIELDS = {  # what a field takes, and what it is for
+    "after_seq": (number_field(), "Only what came after it."),
+    "before_seq": (number_field(), "Only what came before it."),
+    "data": (ANY, "Any JSON to keep with it."),
+    "data_only": (flag_field(), "Drop the data, keep the sentences."),
+    "dry_run": (flag_field(), "Only say how many updates it would touch."),
+    "headers": (field_of(dict, "an object"), "The request's headers."),
+    "hidden": (flag_field(), "Keep it out of lists, or bring it back."),
+    "include_archived": (flag_field(), "Archived ones too."),
+    "include_hidden": (flag_field(), "Hidden ones too."),
+    "kind": (WORD, "What sort of update it is, as decision or status_note."),
+    "level": (choice_field(*LEVELS), "How much it matters."),
+    "limit": (number_field(least=1, most=200), "How many at most (50)."),
+    "message": (text_field(MAX_MESSAGE), "What there is to say."),
+    "metadata": (ANY, "Any JSON to keep with it."),
+    "name": (text_field(MAX_NAME), "Its name."),
+    "older_than": (text_field(10), "Age of what goes, as 30d, 12h or 45m."),
+    "order": (choice_field("asc", "desc"), "By seq."),
+    "payload": (ANY, "What the agent or service sent."),
+    "q": (text_field(1000, empty=True), "Words that must all be in it."),
+    "since": (time_field(), "Only from this time on."),
+    "source": (WORD, "Who says so."),
+    "status": (choice_field(*TASK_STATUSES), "Its status."),
+    "summary_source": (WORD, "Who says so (manual)."),
+    "summary_text": (text_field(MAX_MESSAGE, empty=True), 'How it stands, in a sentence; "" clears it.'),
+    "tag": (tags_field(), "One of its tags; any of several."),
+    "tags": (tags_field(), "Tags, comma separated."),
+    "task_id": (REFERENCE, "The task: its number, its id or the first digits of that."),
+    "total": (flag_field(), "false leaves out how many there are in all."),
+    "until": (time_field(), "Only before this time."),
+    "workstream_id": (REFERENCE, "The workstream: its id or the first digits of that."),
 }
 
-WORKSTREAM_QUERY: Fields = {"include_archived": flag_field()}
-TASK_QUERY: Fields = {
-    "workstream_id": reference_field(),
-    "status": choice_field(*TASK_STATUSES),
-    "include_hidden": flag_field(),
-    "include_archived": flag_field(),
-    "q": text_field(1000, empty=True),
-}
-STREAM_FILTER: Fields = {
-    "task_id": reference_field(),
-    "workstream_id": reference_field(),
-    "source": text_field(200),
-    "kind": text_field(200),
-    "level": choice_field(*LEVELS),
-    "tag": tags_field(),
-}
-UPDATE_QUERY: Fields = STREAM_FILTER | {
-    "q": text_field(1000, empty=True),
-    "after_seq": number_field(),
-    "before_seq": number_field(),
-    "since": time_field(),
-    "until": time_field(),
-    "order": choice_field("asc", "desc"),
-    "limit": number_field(least=1, most=200),
-    "total": flag_field(),
-}
+
+def fields(names: str) -> Fields:
+    """The field table of a body or query; a name with `!` must be there."""
+    rows = [(name.rstrip("!"), name.endswith("!"), *FIELDS[name.rstrip("!")]) for name in names.split()]
+    return {name: field._replace(required=required, text=text) for name, required, field, text in rows}
+
+
+NEW_WORKSTREAM = fields("name! metadata")
+WORKSTREAM_CHANGES = fields("name status metadata") | {"status": choice_field(*WORKSTREAM_STATUSES)}
+NEW_TASK = fields("workstream_id! name! metadata")
+TASK_CHANGES = fields("name workstream_id status summary_text summary_source hidden metadata")
+MANUAL_UPDATE = fields("task_id! message! level kind tags data")
+NEW_UPDATE = fields("task_id! source! message! level kind tags data")
+CLAUDE_HOOK = fields("task_id! payload!")
+GITHUB_WEBHOOK = fields("task_id! payload! headers")
+PRUNING = fields("older_than! data_only dry_run")
+WORKSTREAM_QUERY = fields("include_archived")
+TASK_QUERY = fields("workstream_id status include_hidden include_archived q")
+STREAM_FILTER = fields("task_id workstream_id source kind level tag")
+UPDATE_QUERY = STREAM_FILTER | fields("q after_seq before_seq since until order limit total")
+PAGE_QUERY = fields("before_seq q")
 
 
 def clean(payload: Any, fields: Fields) -> dict[str, Any]:
-    """Return the known fields of a JSON object, checked. null counts as absent; unknown fields are ignored.
-
-    Problem (invalid_input) names the first field that is missing or wrong.
-    """
+    """The known fields of a JSON object, checked; null counts as absent. Problem names the first wrong
+    one."""
     if not isinstance(payload, dict):
-        raise Problem("invalid_input", "the body must be a JSON object")
+        raise invalid("the body must be a JSON object")
     missing = [name for name, field in fields.items() if field.required and payload.get(name) is None]
     if missing:
-        raise Problem("invalid_input", f"{missing[0]} is missing", missing[0])
-    return {
-        name: field.check(payload[name], name)
-        for name, field in fields.items()
-        if payload.get(name) is not None
-    }
+        raise invalid(f"{missing[0]} is missing", missing[0])
+    given = {name: payload[name] for name in fields if payload.get(name) is not None}
+    return {name: fields[name].check(value, name) for name, value in given.items()}
 
 
 # ======================================================================================================
@@ -573,6 +520,12 @@ def tables() -> types.SimpleNamespace:
 
     found = tomllib.loads(asset("templates", "sources.toml").decode())
     found |= {name: table(found[name]) for name in ("agent_words", "agent_sentences")}
+    marks = {f"<{name}>": found[f"shell_{name}"] for name in ("script", "error")}
+    found["shell_bad"] = found["shell_bad"].replace("<error>", marks["<error>"])
+    for rows in (found["shell_jobs"], found["shell_news"]):
+        rows |= {
+            name: re.sub("<(?:script|error)>", lambda m: marks[m[0]], "|".join(rows[name])) for name in rows
+        }
     found["secrets"] = [(row["mark"], re.compile(row["pattern"])) for row in found["secrets"]]
     return types.SimpleNamespace(**found | {"secret_name": re.compile(found["secret_name"])})
 
@@ -680,41 +633,6 @@ AGENT_CASES = (  # events, what else must hold -> the row of tables().agent_sent
     ("PostToolBatch", lambda p: p["tool"], "PostToolBatch.refused"),
 )
 AGENT_WORKS = re.compile("UserPromptSubmit|PreTool|PostTool|ElicitationResult|Stop$")
-# What a shell command does, by how it begins when wrappers like `uv run` are off; the first that fits counts.
-SHELL_WRAPPERS = re.compile(
-    r"^(?:(?:\w+=\S*|\S*python[\d.]*|sudo|time|env|exec|npx|bunx|timeout \S+|(?:ba|z)?sh -\w*c|-\S+"
-    r"|(?:uv|poetry|pipenv|pdm|hatch|coverage) run|(?:bundle|pnpm|yarn) exec)\s+)*(?:\S*/)?"
-)
-SHELL_SCRIPT = r"(?:npm|pnpm|yarn|bun|deno)(?: run| task| -\S+)* "
-SHELL_JOBS = {
-    "pr": r"(?:gh pr|glab mr) (?:create|new)\b",
-    "commit": r"git (?:-[cC] \S+ |-\S+ )*commit\b",
-    "deploy": rf"{SHELL_SCRIPT}deploy|(?:vercel|netlify|fly|wrangler|firebase|gcloud|cdk|make)\b.* deploy"
-    r"|kubectl (?:apply|rollout)|helm (?:upgrade|install)|terraform apply|\S*deploy\S*\.(?:sh|py)\b",
-    "tests": rf"(?:pytest|unittest|tox|nox|jest|vitest|mocha|rspec|phpunit|ctest)\b|{SHELL_SCRIPT}t(?:est)?\b"
-    r"|(?:cargo|go|dotnet|mix|rake|rails|playwright|gradlew?|mvn|make|node|manage.py) (?:\S+ )??\S*test\b",
-    "build": rf"{SHELL_SCRIPT}build|(?:go|docker|vite|next|dotnet|gradlew?)(?: \S+)? build\b|tsc\b"
-    r"|cargo (?:build|check|clippy)|build(?: -|$)|mvn .*(?:package|install)|make(?: (?:-\S+|all|build))*$",
-}
-# What the output of such a command tells, and what of that is bad. Of tests, only the runner's own count.
-SHELL_ERROR = (
-    r"\berror(?:\[\w+\]| TS\d+)?: |\bERROR\b|\bERR!|npm error|: \*\*\* |BUILD FAIL|ailed to (?:compile|build)"
-    r"|(?:[Bb]uild|[Dd]eploy\w*) failed|Found [1-9]\d* error|Error: |Exception: "
-)
-SHELL_BAD = rf"{SHELL_ERROR}|\b[1-9]\d* (tests? )?(fail|error)|(?i:fail\w*|errors)[=: ]+[1-9]|^(--- )?FAIL"
-SHELL_NEWS = {
-    "pr": r"(https?://\S+/(?:pull|merge_requests)/\d+)",
-    "commit": r"^\[[^]]*\b([0-9a-f]{7,40})\] (.+)|\A([0-9a-f]{7,40}) (.+)",
-    "tests": r"^=* ?((?=.*(?:passed|failed|error|skipped))(?:\d+ \w+, )*\d+ \w+ in [\d.]+s.*)"  # pytest
-    r"|^test result: \w+\. ((?!0 passed; 0 failed)\d+ passed; \d+ failed)"  # cargo
-    r"|^ *((?:Test Suites|Test Files|Tests):? +\d+ (?:failed|passed|skipped|total).*)"  # jest, vitest
-    r"|^(Ran \d+ tests? in .*)\s+((?:OK|FAILED).*)|^(--- FAIL: .*|FAIL\t.*|ok  ?\t.*)"  # unittest, go
-    r"|^ +(\d+ (?:passing|failing).*)|^(\d+ examples?, \d+ failures?.*)|^(?:# |\u2139 )((?:pass|fail) \d+)"
-    r"|(Tests(?: run)?: +\d+, .*Failures: \d+.*)|^(OK \(\d+ tests.*)|(\d+% tests passed.*)"
-    r"|^[ =]*((?:ok \| |FAILED \| )?\d+ (?:passed|failed|errors?|pass|fail)(?:[,;|]| *\(| *$).*)",
-    "build": rf"^(.*(?:{SHELL_ERROR}|Finished .*(?:dev|release|target)|BUILD SUCCESS|ompiled successfully"
-    r"|built in |Successfully (?:built|tagged)|Build succeeded|[Dd]eploy\w* .*(?:success|complete)).*)",
-}
 
 
 def pick(value, names, kind=str):
@@ -792,18 +710,19 @@ def steps(command):
     """The simple commands of a command line, without here-documents, quoted text and wrappers."""
     command = re.sub(r"(?s)<<-?\s*['\"]?(\w+).*?(?:\n\s*\1\b|\Z)", " ", command[:4000])
     command = re.sub(r"'[^']*'|\"[^\"]*\"", "''", re.sub(r"\b(?:ba|z)?sh -\w*c ['\"]", "", command))
-    return [SHELL_WRAPPERS.sub("", part.strip()) for part in re.split(r"[;&|\n(]+", command) if part.strip()]
+    found = map(str.strip, re.split(r"[;&|\n(]+", command))
+    return [re.sub(tables().shell_wrappers, "", part) for part in found if part]
 
 
 def shell_case(p):
     """How a shell command went, by its output: the exit code of `pytest | tail` is tail's. Sets `said`."""
     failed, ran = p["event"] == "PostToolUseFailure", steps(p["command"])
     output = output_of(p.get("error") if failed else p["tool_response"])
-    jobs = [job for job, begin in SHELL_JOBS.items() if any(re.match(begin, step) for step in ran)]
+    jobs = [job for job, begin in tables().shell_jobs.items() if any(re.match(begin, step) for step in ran)]
     for job in jobs + ["tests"] * ("test" in dig(p, "tool_input", "description").lower()):
-        found = re.finditer(SHELL_NEWS.get(job, SHELL_NEWS["build"]), output, re.M)
+        found = re.finditer(tables().shell_news.get(job, tables().shell_news["build"]), output, re.M)
         lines = dict.fromkeys(" ".join(" ".join(filter(None, m.groups())).split()).strip(" =") for m in found)
-        bad = dict.fromkeys(line for line in lines if re.search(SHELL_BAD, line))
+        bad = dict.fromkeys(line for line in lines if re.search(tables().shell_bad, line))
         sure = job in ("build", "deploy") and isinstance(p["tool_response"], dict) and "|" not in p["command"]
         cases = ["bad"] * bool(bad) + (["unclear"] if failed else ["ok"] * bool(lines or sure))
         for case in cases:
@@ -851,7 +770,9 @@ AGENT_FACTS = {  # what sentences say that no field holds as it is
     "running": lambda p: f"{(n := len(p['background']))} background task{'s'[: n - 1]} running",
     "notice": lambda p: (re.findall("<summary>([^<]*)", dig(p, "prompt")) or ["Background task ended"])[0],
     "tokens": lambda p: f"{dig(p, 'tool_response', 'totalTokens', kind=int, default=0):,}".removeprefix("0"),
-    "trouble": lambda p: next((e for e in p["errors"] if re.search(SHELL_BAD, e)), "".join(p["errors"][:1])),
+    "trouble": lambda p: next(
+        filter(re.compile(tables().shell_bad).search, p["errors"]), "".join(p["errors"][:1])
+    ),
     "what": what,
 }
 
@@ -1019,10 +940,8 @@ def github_view(event, payload, headers):
 
 
 def github_draft(payload: object, headers: dict | None = None) -> Draft:
-    """The update that a GitHub webhook's payload makes. Any JSON will do: what is odd or missing is left out.
-
-    `headers` are the request's; without X-GitHub-Event among them the payload's shape tells the event.
-    """
+    """The update that a GitHub webhook's payload makes, whatever its shape; without X-GitHub-Event among
+    the request's `headers` the shape tells the event."""
     payload = payload if isinstance(payload, dict) else {}
     headers = {str(name).lower(): text for name, text in headers.items()} if isinstance(headers, dict) else {}
     shapes = (shape.partition("=") for shape in tables().github_shapes.split())
@@ -1034,9 +953,8 @@ def github_draft(payload: object, headers: dict | None = None) -> Draft:
     names = (f"{event}.{case}", f"{event}.{action}", f"{last}.{action}", event, last, other, "")
     sentence = next(tables().github_sentences[name] for name in names if name in tables().github_sentences)
     signs = github_say("{event}.{case} {event}.{action} verdict.{conclusion} severity.{severity|event}", view)
-    level = next(
-        (level for pattern, level in tables().github_levels.items() if re.search(pattern, signs)), "info"
-    )
+    levels = tables().github_levels.items()
+    level = next((level for pattern, level in levels if re.search(pattern, signs)), "info")
     tags = tuple(filter(None, dict.fromkeys(github_say(tag, view) for tag in tables().github_tags.split())))
     fields = (path.rpartition("=")[::2] for path in tables().github_data.split())
     fields = ((key or paths.rpartition(".")[2], paths) for key, paths in fields)
@@ -1109,35 +1027,26 @@ class Filter(NamedTuple):
 EVERYTHING = Filter()
 
 
-def workstream_object(row: sqlite3.Row) -> dict[str, Any]:
-    """A row of workstreams as the JSON object clients know."""
-    names = ("id", "name", "status", "created_at", "updated_at")
-    return {name: row[name] for name in names} | {"metadata": json.loads(row["metadata"])}
-
-
-def task_object(row: sqlite3.Row) -> dict[str, Any]:
-    """A row of task_rows as the JSON object clients know: what has no value is left out."""
-    names = ("id", "number", "workstream_id", "name", "status", "summary_text", "summary_updated_at")
-    names += ("summary_source", "hidden_at", "created_at", "updated_at")
-    task = {name: row[name] for name in names if row[name] is not None}
-    return task | {"metadata": json.loads(row["metadata"])}
-
-
 class Kind(NamedTuple):
     """What workstreams and tasks differ in: where they are kept and read, their JSON, their bodies."""
 
     name: str
     table: str
     view: str
-    make: Callable[[sqlite3.Row], dict[str, Any]]
+    columns: str
     new: Fields
     changes: Fields
 
+    def make(self, row: sqlite3.Row) -> dict[str, Any]:
+        """A row as the JSON object clients know: what has no value is left out."""
+        found = {name: row[name] for name in self.columns.split() if row[name] is not None}
+        return found | {"metadata": json.loads(row["metadata"])}
 
-WORKSTREAM = Kind(
-    "workstream", "workstreams", "workstreams", workstream_object, NEW_WORKSTREAM, WORKSTREAM_CHANGES
-)
-TASK = Kind("task", "tasks", "task_rows", task_object, NEW_TASK, TASK_CHANGES)
+
+COLUMNS = "id name status created_at updated_at"
+WORKSTREAM = Kind("workstream", "workstreams", "workstreams", COLUMNS, NEW_WORKSTREAM, WORKSTREAM_CHANGES)
+COLUMNS += " number workstream_id summary_text summary_updated_at summary_source hidden_at"
+TASK = Kind("task", "tasks", "task_rows", COLUMNS, NEW_TASK, TASK_CHANGES)
 
 
 # ======================================================================================================
@@ -1153,10 +1062,7 @@ FREE_PAGES = 1000
 
 
 def search_words(text: str) -> str:
-    """Plain words as an FTS5 query that finds rows holding them all; "" when there is no word in it.
-
-    Each word is quoted, so nothing in it is the engine's syntax.
-    """
+    """Plain words as an FTS5 query for rows that hold them all, each quoted; "" without any word."""
     words = [word for word in text.split() if re.search(r"[^\W_]", word)]
     return " ".join('"' + word.replace('"', '""') + '"' for word in words)
 
@@ -1176,10 +1082,7 @@ class Queries:
         return self.rows("SELECT stream, seq, pruned, secret FROM head")[0]
 
     def find(self, kind: Kind, reference: str) -> sqlite3.Row | None:
-        """The row that a checked reference names, a task's number first, then the id; or None.
-
-        Problem (conflict) when a prefix fits several.
-        """
+        """The row that a checked reference names, or None. Problem (conflict) when a prefix fits several."""
         if kind is TASK and re.fullmatch("[0-9]{1,18}", reference):
             found = self.rows("SELECT * FROM task_rows WHERE number = :number", number=int(reference))
             if found:
@@ -1211,17 +1114,13 @@ class Queries:
 
     def workstreams(self, wanted: dict[str, Any]) -> list[dict[str, Any]]:
         """Workstream objects for cleaned WORKSTREAM_QUERY fields, oldest first."""
-        rows = self.rows(
-            "SELECT * FROM workstreams WHERE status = 'active' OR :archived ORDER BY number",
-            archived=wanted.get("include_archived", False),
-        )
-        return [workstream_object(row) for row in rows]
+        sql = "SELECT * FROM workstreams WHERE status = 'active' OR :archived ORDER BY number"
+        rows = self.rows(sql, archived=wanted.get("include_archived", False))
+        return [WORKSTREAM.make(row) for row in rows]
 
     def tasks(self, wanted: dict[str, Any]) -> list[dict[str, Any]]:
-        """Task objects that match cleaned TASK_QUERY fields, oldest first.
-
-        Tasks of archived workstreams come when asked for, or when their workstream is named.
-        """
+        """Task objects that match cleaned TASK_QUERY fields, oldest first. Tasks of archived workstreams
+        come when asked for, or when their workstream is named."""
         values = {name: wanted.get(name) for name in ("status", "q")}
         where = ["TRUE"]  # literal clauses only: no input gets in here
         if "workstream_id" in wanted:
@@ -1240,7 +1139,7 @@ class Queries:
             if not values["q"]:
                 return []
         rows = self.rows(f"SELECT * FROM task_rows WHERE {' AND '.join(where)} ORDER BY number", **values)
-        return [task_object(row) for row in rows]
+        return [TASK.make(row) for row in rows]
 
     def update(self, seq: int) -> str:
         """The JSON of one update; Problem (not_found)."""
@@ -1250,11 +1149,8 @@ class Queries:
         return found[0]["body"]
 
     def updates(self, chosen: Filter, wanted: dict[str, Any]) -> tuple[list[str], int | None]:
-        """One page of updates (their JSON) for cleaned UPDATE_QUERY fields, and how many match in all.
-
-        Rising seq, newest first for a search; the total is None where it was not wanted. A page ends early
-        rather than pass 8 MiB, but holds one update at least.
-        """
+        """One page of updates (their JSON) for cleaned UPDATE_QUERY fields, and how many match in all, if
+        wanted. It ends early rather than pass 8 MiB, but holds one update at least."""
         arms, values = update_query(chosen, wanted)
         order = wanted.get("order", "desc" if wanted.get("q") else "asc")
         limit = wanted.get("limit", 50)
@@ -1276,25 +1172,21 @@ class Queries:
     def expired(self, before: str, data_only: bool) -> int:
         """How many updates pruning would touch."""
         has_data = " AND has_data" if data_only else ""
-        return self.rows(
-            f"SELECT COUNT(*) AS n FROM updates WHERE timestamp < :before{has_data}", before=before
-        )[0]["n"]
+        sql = f"SELECT COUNT(*) FROM updates WHERE timestamp < :before{has_data}"
+        return self.rows(sql, before=before)[0][0]
 
     def session_ended(self, signature: str) -> bool:
         """Whether a browser session was ended by its user."""
-        return bool(
-            self.rows("SELECT 1 FROM ended_sessions WHERE signature = :signature", signature=signature)
-        )
+        sql = "SELECT 1 FROM ended_sessions WHERE signature = :signature"
+        return bool(self.rows(sql, signature=signature))
 
     def check(self) -> list[str]:
         """What is wrong with the database, a sentence each; none when all is well. Reads all of it."""
         problems = [row[0] for row in self.rows("PRAGMA integrity_check(20)") if row[0] != "ok"]
-        problems += [
-            f"a row of {row[0]} points to a missing {row[2]}" for row in self.rows("PRAGMA foreign_key_check")
-        ]
-        return problems + [
-            f"{row['n']} {row['what']}" for row in self.rows("SELECT * FROM faults WHERE n > 0")
-        ]
+        strays = self.rows("PRAGMA foreign_key_check")
+        problems += [f"a row of {row[0]} points to a missing {row[2]}" for row in strays]
+        faults = self.rows("SELECT * FROM faults WHERE n > 0")
+        return problems + [f"{row['n']} {row['what']}" for row in faults]
 
     def newest_of_tasks(self) -> dict[str, str]:
         """The JSON of each task's newest update, by the task's id."""
@@ -1307,11 +1199,9 @@ class Queries:
         return {row["id"]: row["body"] for row in rows}
 
     def events(self, cursor: int, chosen: Filter, head: int) -> tuple[list[Frame], int]:
-        """The next frames after `cursor` that match, oldest first, and the seq up to which the log was read.
-
-        Bounded in rows and bytes (one frame at least), and in rows looked at: the answer may be empty with
-        the cursor moved on.
-        """
+        """The next frames after `cursor` that match, oldest first, and the seq up to which the log was
+        read. Bounded in rows and bytes, and in rows looked at: there may be none, with the cursor moved
+        on."""
         last = min(head, cursor + (READ_ROWS if chosen == EVERYTHING else SCAN_ROWS))
         values = chosen._asdict() | {"cursor": cursor, "last": last}
         rows = "log"
@@ -1358,11 +1248,9 @@ class Arm(NamedTuple):
 
 def update_query(chosen: Filter, wanted: dict[str, Any]) -> tuple[list[Arm], dict[str, Any]]:
     """The SELECTs whose union is the seqs of matching updates (none: nothing can match), and their values.
-
     The most telling condition drives the query: the others are kept from the planner by a unary plus, for
-    without statistics it might walk the index of a kind that most rows have. Tags drive as one SELECT a tag
-    (microseconds at a million rows; a correlated EXISTS over all updates takes 0.4 s on a miss).
-    """
+    without statistics it might walk the index of a kind that most rows have. Tags drive as one SELECT a
+    tag (microseconds at a million rows; a correlated EXISTS over all updates takes 0.4 s on a miss)."""
     values = {name: value for name, value in chosen._asdict().items() if value is not None and name != "tags"}
     values |= {name: wanted[name] for name in ("after_seq", "before_seq", "since", "until") if name in wanted}
     values |= {f"tag{index}": tag for index, tag in enumerate(chosen.tags)}
@@ -1377,9 +1265,8 @@ def update_query(chosen: Filter, wanted: dict[str, Any]) -> tuple[list[Arm], dic
         drivers, tag_names = [f"update_tags.tag = {name}" for name in tag_names], []
     if tag_names:
         names = ", ".join(tag_names)
-        others = [
-            f"EXISTS (SELECT 1 FROM update_tags WHERE tag IN ({names}) AND update_tags.seq = updates.seq)"
-        ]
+        exists = f"SELECT 1 FROM update_tags WHERE tag IN ({names}) AND update_tags.seq = updates.seq"
+        others = [f"EXISTS ({exists})"]
     driven = drivers != [""]
     for name, clause in UPDATE_CLAUSES.items():
         if name in values:
@@ -1487,10 +1374,7 @@ class Transaction(Queries):
         return body
 
     def claim_key(self, key: str, digest: bytes, now: datetime.datetime) -> str | None:
-        """The JSON of the update that an idempotency key made before; None when the key is new.
-
-        Problem (conflict) when it came with something else.
-        """
+        """The JSON of the update that a key made before, None for a new key. Problem for another body."""
         oldest = timestamp(now - datetime.timedelta(days=KEY_DAYS))
         self.db.execute("DELETE FROM idempotency_keys WHERE created_at < ?", (oldest,))
         found = self.rows("SELECT digest, seq FROM idempotency_keys WHERE key = :key", key=key)
@@ -1510,9 +1394,8 @@ class Transaction(Queries):
     def end_session(self, signature: str, until: str) -> None:
         """Remember until its expiry that a browser session was ended."""
         self.db.execute("DELETE FROM ended_sessions WHERE until < ?", (timestamp(),))
-        self.db.execute(
-            "INSERT OR IGNORE INTO ended_sessions (signature, until) VALUES (?, ?)", (signature, until)
-        )
+        sql = "INSERT OR IGNORE INTO ended_sessions (signature, until) VALUES (?, ?)"
+        self.db.execute(sql, (signature, until))
 
     def unindex_update(self, seq: int) -> None:
         """Tell the search index to forget an update; its message must still be in the log."""
@@ -1526,10 +1409,8 @@ class Transaction(Queries):
 
     def redact_update(self, seq: int, now: str) -> str:
         """Wipe message and data of an update, leave its seq and a mark, and log that; returns its JSON.
-
         The search index is rebuilt from its live entries, for a deleted one stays in it until its segments
-        are merged (seconds at a million updates).
-        """
+        are merged (seconds at a million updates)."""
         body = json.loads(self.update(seq))
         row = self.rows("SELECT task, workstream FROM log WHERE seq = :seq", seq=seq)[0]
         self.unindex_update(seq)
@@ -1580,39 +1461,25 @@ SCHEMA_VERSION = 1
 MIGRATIONS: dict[int, str] = {}  # version: the statements that lead to it from the one before
 
 
-class Pending:
-    """An operation that waits for the writer, and then its outcome."""
-
-    __slots__ = ("done", "error", "operation", "result")
-
-    def __init__(self, operation: Callable[[Transaction], Any]):
-        self.operation, self.result, self.error = operation, None, None
-        self.done = threading.Event()
-
-
 def thread_pool(size: int) -> Callable[..., Any]:
-    """A function that calls another one in one of `size` real threads and waits without blocking the others.
-
-    Under gevent that is its own thread pool: sqlite3 blocks every greenlet while it works. Without gevent
-    each caller is a real thread already and makes the call itself, `size` of them at a time.
-    """
+    """A function that calls another one in one of `size` real threads. Under gevent those of its own pool:
+    sqlite3 blocks every greenlet while it works. Without gevent each caller is a real thread already."""
     if "gevent" in sys.modules and sys.modules["gevent.monkey"].is_module_patched("threading"):
         from gevent.threadpool import ThreadPool
 
-        pool = ThreadPool(size)
+        run = ThreadPool(size).apply
+    else:
+        gate = threading.Semaphore(size)
 
-        def call_in_pool(function: Callable[..., Any], arguments: tuple = ()) -> Any:
-            value, error = pool.apply(outcome, (function, arguments))
-            if error is not None:
-                raise error
-            return value
+        def run(function: Callable[..., Any], arguments: tuple) -> Any:
+            with gate:
+                return function(*arguments)
 
-        return call_in_pool
-    gate = threading.Semaphore(size)
-
-    def call(function: Callable[..., Any], arguments: tuple = ()) -> Any:
-        with gate:
-            return function(*arguments)
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        value, error = run(outcome, (function, arguments))
+        if error is not None:
+            raise error
+        return value
 
     return call
 
@@ -1626,14 +1493,12 @@ def outcome(function: Callable[..., Any], arguments: tuple) -> tuple[Any, Except
 
 
 class Store:
-    """The database: one writer with group commit, readers with connections of their own.
-
-    Opening it raises Problem (server_misconfigured) with a sentence when the file is not one to work on:
-    another program's, a newer Monitor's, corrupt, or in use by another process.
-    """
+    """The database: one writer with group commit, readers with connections of their own. Opening it raises
+    Problem (server_misconfigured) when the file is not one to work on."""
 
     def __init__(self, path: str | None, on_commit: Callable[[list[Frame]], None] = lambda frames: None):
-        check_sqlite()
+        if sqlite3.sqlite_version_info < (3, 37):
+            raise misconfigured(f"SQLite {sqlite3.sqlite_version} is too old; 3.37 or newer is needed")
         self._folder = tempfile.TemporaryDirectory(prefix="monitor-") if path is None else None
         self.path = os.path.abspath(path or os.path.join(self._folder.name, "monitor.db"))
         self._on_commit = on_commit
@@ -1647,7 +1512,7 @@ class Store:
         self._identity = file_identity(self.path)
         self._readers: list[sqlite3.Connection] = []
         self._in_reader, self._in_writer = thread_pool(4), thread_pool(1)
-        self._waiting: deque[Pending] = deque()
+        self._waiting: deque[types.SimpleNamespace] = deque()
         self._signal = threading.Event()
         self._gate = threading.Lock()
         self._closed = False
@@ -1656,7 +1521,7 @@ class Store:
 
     def read(self, query: Callable[[Queries], Any]) -> Any:
         """Run a query that may take long, in a thread where that is needed; returns what it returns."""
-        return self._in_reader(self.read_here, (query,))
+        return self._in_reader(self.read_here, query)
 
     def read_here(self, query: Callable[[Queries], Any]) -> Any:
         """Run a query of well under a millisecond right here, on one snapshot of the database."""
@@ -1676,30 +1541,15 @@ class Store:
                 db.rollback()
             self._readers.append(db)
 
-    def backup(self, path: str, progress: Callable[[int, int], None] = lambda left, total: None) -> None:
-        """Copy the database, as it is at this moment, into a new file; `progress` gets pages left and in all.
-
-        Writers go on meanwhile. Problem (invalid_input) when the file exists or cannot be made.
-        """
-        try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        except OSError as error:
-            raise Problem("invalid_input", f"cannot make {path}: {error.strerror}") from None
-
-        def copy(q: Queries) -> None:
-            q.head()  # pins the snapshot
-            with contextlib.closing(connect(path, "rw")) as target:
-                q.db.backup(target, pages=1000, progress=lambda status, left, total: progress(left, total))
-
-        self.read(copy)
+    def backup(self, path: str) -> None:
+        """Copy the database, as it is at this moment, into a new file. Writers go on meanwhile."""
+        self.read(lambda q: copy_into(q.db, path))
 
     def write(self, operation: Callable[[Transaction], Any]) -> Any:
         """Run an operation in the writer's next transaction; returns its result once that is on disk.
-
-        Whatever it raises undoes it alone. Problem (unavailable): nothing was stored. Only the writer gives
-        an operation up: a time-out here could answer 503 for something that is stored.
-        """
-        pending = Pending(operation)
+        Whatever it raises undoes it alone. Problem (unavailable): nothing was stored. Only the writer
+        gives an operation up: a time-out here could answer 503 for something that is stored."""
+        pending = types.SimpleNamespace(operation=operation, done=threading.Event(), result=None, error=None)
         with self._gate:
             if self._closed:
                 raise Problem("unavailable", "the server is shutting down; nothing was stored")
@@ -1762,13 +1612,13 @@ class Store:
                 self._signal.clear()
                 continue
             batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), BATCH_OPERATIONS))]
-            frames = self._in_writer(self._commit, (batch,))
+            frames = self._in_writer(self._commit, batch)
             if frames:
                 self._on_commit(frames)
             for pending in batch:
                 pending.done.set()
 
-    def _commit(self, batch: list[Pending]) -> list[Frame]:
+    def _commit(self, batch: list[types.SimpleNamespace]) -> list[Frame]:
         """Run a batch in one transaction, each operation in a savepoint; returns the frames now on disk."""
         frames: list[Frame] = []
         try:
@@ -1788,17 +1638,15 @@ class Store:
             return []
 
     def _look_at_file(self) -> None:
-        """Make sure that the file is the one that was opened: it may have been removed or replaced.
-
-        A new file in its place is not taken up: the write-ahead log of the old one would be applied to it.
-        """
+        """Make sure that the file is the one that was opened. A new one in its place is not taken up: the
+        write-ahead log of the old one would be applied to it."""
         found = file_identity(self.path)
         if found is None:
             raise FileNotFoundError(f"{self.path} is gone")
         if found != self._identity:
             raise FileNotFoundError(f"{self.path} was replaced: put it back, or restart Monitor")
 
-    def _run(self, pending: Pending) -> list[Frame]:
+    def _run(self, pending: types.SimpleNamespace) -> list[Frame]:
         transaction = Transaction(self._db)
         self._db.execute("SAVEPOINT operation")
         try:
@@ -1831,49 +1679,41 @@ def file_identity(path: str) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def check_sqlite() -> None:
-    """Problem (server_misconfigured) when the SQLite library is too old for STRICT tables."""
-    if sqlite3.sqlite_version_info < (3, 37):
-        raise Problem(
-            "server_misconfigured", f"SQLite {sqlite3.sqlite_version} is too old; 3.37 or newer is needed"
-        )
-
-
 def lock_file(path: str) -> int:
-    """Take the lock beside a database for this process; returns its descriptor.
-
-    Problem (server_misconfigured) when another process holds it: only one may write the file.
-    """
+    """Take the lock beside a database; returns its descriptor. Problem when another process holds it."""
     import fcntl  # not on Windows, where only the client commands work
 
     try:
         descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise Problem("server_misconfigured", f"cannot write beside {path}: {error.strerror}") from None
+        raise misconfigured(f"cannot write beside {path}: {error.strerror}") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
-        raise Problem(
-            "server_misconfigured", f"another Monitor is using {path}; stop it, or name another --db"
-        ) from None
+        raise misconfigured(f"another Monitor is using {path}; stop it, or name another --db") from None
     return descriptor
 
 
 def connect(path: str, mode: str) -> sqlite3.Connection:
     """A connection in autocommit mode: transactions are begun by hand."""
     location = "file:" + path.replace("%", "%25").replace("?", "%3f").replace("#", "%23") + f"?mode={mode}"
-    db = sqlite3.connect(
-        location, uri=True, isolation_level=None, check_same_thread=False, timeout=BUSY_SECONDS
-    )
+    settings = {"isolation_level": None, "check_same_thread": False, "timeout": BUSY_SECONDS}
+    db = sqlite3.connect(location, uri=True, **settings)
     db.row_factory = sqlite3.Row
     return db
 
 
+def copy_into(db: sqlite3.Connection, path: str) -> None:
+    """Copy a database into a new file."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    with contextlib.closing(connect(path, "rw")) as target:
+        db.backup(target)
+
+
 def open_reader(path: str) -> sqlite3.Connection:
     """A read-only connection. Only the writer may checkpoint: SQLite before 3.51.3 can corrupt a database
-    in which two connections write or checkpoint at the same moment.
-    """
+    in which two connections write or checkpoint at the same moment."""
     db = connect(path, "ro")
     db.execute("PRAGMA query_only = ON")
     return db
@@ -1893,47 +1733,41 @@ def open_writer(path: str) -> sqlite3.Connection:
                 migrate(db, path, version)
             # FULL: what was acknowledged survives power loss too, not only kill -9. What is wiped must not be
             # found in the file: secure_delete.
-            for setting in (
-                "journal_mode = WAL",
-                "synchronous = FULL",
-                "foreign_keys = ON",
-                "secure_delete = ON",
-            ):
-                db.execute(f"PRAGMA {setting}")
+            db.executescript(
+                """
+                PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
+                PRAGMA foreign_keys = ON; PRAGMA secure_delete = ON;
+                """
+            )
         except BaseException:
             db.close()
             raise
         return db
     except (OSError, sqlite3.Error) as error:
-        raise Problem("server_misconfigured", f"cannot open {path}: {error}") from error
+        raise misconfigured(f"cannot open {path}: {error}") from error
 
 
 def stored_version(path: str) -> int:
-    """The schema version of a file, 0 when it is missing or empty. Reads only.
-
-    Problem (server_misconfigured) when it is not a database of ours, or a newer one.
-    """
+    """The schema version of a file, 0 when it is missing or empty. Problem when it is not ours."""
     if not os.path.exists(path) or os.path.getsize(path) == 0:
         return 0
     try:
         # Without a write-ahead log to read, immutable keeps SQLite from making one beside a file not ours.
-        with contextlib.closing(
-            connect(path, "ro" if os.path.exists(path + "-wal") else "ro&immutable=1")
-        ) as db:
+        mode = "ro" if os.path.exists(path + "-wal") else "ro&immutable=1"
+        with contextlib.closing(connect(path, mode)) as db:
             application = db.execute("PRAGMA application_id").fetchone()[0]
             version = db.execute("PRAGMA user_version").fetchone()[0]
             empty = not db.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()[0]
     except sqlite3.Error as error:
-        raise Problem("server_misconfigured", f"cannot read {path}: {error}; it was left as it is") from None
+        raise misconfigured(f"cannot read {path}: {error}; it was left as it is") from None
     if empty and application == 0:
         return 0
     if application != APPLICATION_ID:
-        raise Problem("server_misconfigured", f"{path} is not a Monitor database; it was left as it is")
+        raise misconfigured(f"{path} is not a Monitor database; it was left as it is")
     if version > SCHEMA_VERSION:
-        raise Problem(
-            "server_misconfigured",
+        raise misconfigured(
             f"{path} was made by a newer Monitor (schema {version}, this one knows {SCHEMA_VERSION}); "
-            "it was left as it is: update Monitor",
+            "it was left as it is: update Monitor"
         )
     return version
 
@@ -1943,19 +1777,14 @@ def create_schema(db: sqlite3.Connection) -> None:
     db.execute("PRAGMA auto_vacuum = INCREMENTAL")
     db.execute("PRAGMA journal_mode = WAL")
     # One script: Python commits what is open before it runs one.
-    first = (
-        f"INSERT INTO head (only_row, stream, seq, secret) VALUES (1, '{uuid.uuid4()}', 0, randomblob(32));"
-    )
+    first = f"INSERT INTO head VALUES (1, '{uuid.uuid4()}', 0, 0, randomblob(32));"
     stamp = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION};"
     db.executescript(f"BEGIN; {asset('schema.sql').decode()} {first} {stamp} COMMIT;")
 
 
 def migrate(db: sqlite3.Connection, path: str, version: int) -> None:
     """Bring an older database to SCHEMA_VERSION, all steps or none, after a copy of it was put beside it."""
-    copy = f"{path}.v{version}.{time.strftime('%Y%m%d-%H%M%S')}.backup"
-    os.close(os.open(copy, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    with contextlib.closing(connect(copy, "rw")) as target:
-        db.backup(target)
+    copy_into(db, f"{path}.v{version}.{time.strftime('%Y%m%d-%H%M%S')}.backup")
     steps = "".join(f"{MIGRATIONS[step]};" for step in range(version + 1, SCHEMA_VERSION + 1))
     db.executescript(f"BEGIN IMMEDIATE; {steps} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
 
@@ -1974,10 +1803,8 @@ MAX_STREAMS = 2000
 
 class Broadcaster:
     """The newest frames in a ring bounded by bytes, shared by all readers at the tail, and their wake-up.
-
-    There is no queue per reader: so nothing is dropped, replay and live have no seam, and a reader that does
-    not read costs the batch it holds.
-    """
+    There is no queue per reader: so nothing is dropped, replay and live have no seam, and a reader that
+    does not read costs the batch it holds."""
 
     def __init__(self):
         self.head = 0
@@ -2056,11 +1883,9 @@ class Broadcaster:
 
 
 def follow(store: Store, broadcaster: Broadcaster, cursor: int, chosen: Filter, poll: bool) -> Iterator:
-    """Yield (frames, cursor): the matching events after a cursor, oldest first, and how far it got.
-
-    A batch is empty when the cursor moved past events that do not match, or, the cursor unmoved, after
-    WAIT_SECONDS without any. Ends when the broadcaster closes; with `poll` when there is no more.
-    """
+    """Yield (frames, cursor): the matching events after a cursor, oldest first, and how far it got. A
+    batch is empty when the cursor moved past events that do not match, or, the cursor unmoved, after
+    WAIT_SECONDS without any. Ends when the broadcaster closes; with `poll` when there is no more."""
     everything = chosen == EVERYTHING
     while not broadcaster.closed:
         frames = broadcaster.after(cursor)
@@ -2087,8 +1912,7 @@ class Cursor(NamedTuple):
 
 def place_cursor(given: str | None, stream: str | None, head: sqlite3.Row) -> Cursor:
     """Read the cursor of a client. Never an error: one that cannot be honoured resets to what is possible,
-    for EventSource gives up for good on any status but 200.
-    """
+    for EventSource gives up for good on any status but 200."""
     if given is None:
         return Cursor(head["seq"], False)
     if stream is not None and stream != head["stream"]:
@@ -2104,16 +1928,17 @@ def place_cursor(given: str | None, stream: str | None, head: sqlite3.Row) -> Cu
 
 def encode_sse(event: str, data: Any, seq: int | None = None) -> bytes:
     """One SSE event that is not in the log (hello, reset, checkpoint)."""
-    return (
-        f"id: {seq}\n" if seq is not None else ""
-    ).encode() + f"event: {event}\ndata: {dump(data)}\n\n".encode()
+    return f"{'' if seq is None else f'id: {seq}' + chr(10)}event: {event}\ndata: {dump(data)}\n\n".encode()
 
 
 def encode_line(event: str, data: Any, seq: int | None = None) -> bytes:
     """The same as one line of NDJSON."""
-    return (
-        dump({"event": event} | ({"id": seq} if seq is not None else {}) | {"data": data}) + "\n"
-    ).encode()
+    return (dump({"event": event} | ({} if seq is None else {"id": seq}) | {"data": data}) + "\n").encode()
+
+
+def frame_line(frame: Frame) -> bytes:
+    """A log frame as one line of NDJSON."""
+    return b'{"event":"%s","id":%d,"data":%s}\n' % (frame.event.encode(), frame.seq, frame.body)
 
 
 class StreamFormat(NamedTuple):
@@ -2128,13 +1953,7 @@ class StreamFormat(NamedTuple):
 
 FORMATS = {
     "sse": StreamFormat("text/event-stream", encode_sse, lambda frame: frame.sse, b":\n\n", True),
-    "ndjson": StreamFormat(
-        "application/x-ndjson",
-        encode_line,
-        lambda frame: b'{"event":"%s","id":%d,"data":%s}\n' % (frame.event.encode(), frame.seq, frame.body),
-        b"\n",
-        False,
-    ),
+    "ndjson": StreamFormat("application/x-ndjson", encode_line, frame_line, b"\n", False),
 }
 
 
@@ -2224,9 +2043,8 @@ class Monitor:
 
     def columns(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Cleaned fields as column values, masked; metadata is kept as text."""
-        return {
-            name: dump(value) if name == "metadata" else value for name, value in self.private(fields).items()
-        }
+        values = self.private(fields)
+        return values | ({"metadata": dump(values["metadata"])} if "metadata" in values else {})
 
     def close(self) -> None:
         """End the streams, finish the writes, close the database."""
@@ -2236,7 +2054,8 @@ class Monitor:
 
     def create(self, kind: Kind, payload: Any, moment: str | None = None) -> str:
         """Make a workstream or task from its body. `moment` sets its time (a replay), here and below."""
-        values = self.columns(clean(payload, kind.new)) | born(moment)
+        now = moment or timestamp()
+        values = self.columns(clean(payload, kind.new)) | {"created_at": now, "updated_at": now}
 
         def operation(t: Transaction) -> str:
             workstream = values.pop("workstream_id", None)
@@ -2261,10 +2080,8 @@ class Monitor:
     def add_update(
         self, fields: dict[str, Any], key: str | None = None, sent: Any = None, moment: str | None = None
     ) -> tuple[str, bool]:
-        """Store an update (cleaned NEW_UPDATE fields); returns its JSON and whether it is new.
-
-        With an idempotency key a second call returns the first one's update, if what was `sent` is the same.
-        """
+        """Store an update (cleaned NEW_UPDATE fields); returns its JSON and whether it is new: with an
+        idempotency key the same that was `sent` before is not."""
         sent = fields if sent is None else sent
         digest = hashlib.sha256(json.dumps(sent, sort_keys=True).encode()).digest() if key else b""
         fields = self.private(fields)
@@ -2294,10 +2111,9 @@ class Monitor:
             time.sleep(0.5)
 
     def prune(self, before: str, data_only: bool, seconds: float = 1.0) -> tuple[int, int]:
-        """Remove updates older than `before`, or only their data, for about some seconds, in small batches.
-
-        Returns how many went and how many are left to go; the space is given back with the last of them.
-        """
+        """Remove updates older than `before`, or only their data, for about some seconds, in small
+        batches. Returns how many went and how many are left to go; the space is given back with the last
+        of them."""
         deadline, done, count = time.monotonic() + seconds, 0, 1
         while count and time.monotonic() < deadline:
             count = self.store.write(lambda t: t.prune(before, data_only))
@@ -2321,16 +2137,6 @@ class Monitor:
             "version": __version__,
             "sqlite_version": sqlite3.sqlite_version,
         }
-
-    def read_updates(self, wanted: dict[str, Any]) -> tuple[list[str], int | None]:
-        """One page of updates for cleaned UPDATE_QUERY fields, and the total where it was wanted."""
-        return self.store.read(lambda q: q.updates(q.filter(wanted), wanted))
-
-
-def born(moment: str | None) -> dict[str, Any]:
-    """The columns that say when a new row was made."""
-    now = moment or timestamp()
-    return {"created_at": now, "updated_at": now}
 
 
 def task_changes(t: Transaction, row: sqlite3.Row, values: dict[str, Any], now: str) -> dict[str, Any]:
@@ -2383,10 +2189,7 @@ def wants_page() -> bool:
 
 
 def host_allowed(host: str | None, config: Config) -> bool:
-    """Whether a Host header names this server (any case, any port).
-
-    Without this a foreign site whose DNS name is rebound to 127.0.0.1 reads everything.
-    """
+    """Whether a Host header names this server: else a site whose DNS name is rebound to us reads all."""
     found = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::[0-9]{1,5})?", (host or "").lower())
     bound = () if config.host in WILDCARDS else (config.host.lower(),)
     return bool(found) and (found[1] or found[2]) in (*LOOPBACK_NAMES, *bound, *config.allowed_hosts)
@@ -2404,10 +2207,8 @@ def foreign_site(headers: Any, host: str, safe: bool) -> bool:
 def token_valid(header: str | None, tokens: tuple[bytes, ...]) -> bool:
     """Whether an Authorization header carries one of the tokens."""
     scheme, _, token = (header or "").partition(" ")
-    return (
-        scheme.lower() == "bearer"
-        and match_token(token.strip().encode("latin-1", "replace"), tokens) is not None
-    )
+    given = token.strip().encode("latin-1", "replace")
+    return scheme.lower() == "bearer" and match_token(given, tokens) is not None
 
 
 def match_token(given: bytes, tokens: tuple[bytes, ...]) -> bytes | None:
@@ -2457,7 +2258,7 @@ def token_needed(config: Config) -> bool:
     if request.path == "/login" or request.path.startswith("/static/"):
         return False
     if config.auth_mode == "strict" and not config.tokens:
-        raise Problem("server_misconfigured", "strict mode needs tokens: set MONITOR_API_TOKENS")
+        raise misconfigured("strict mode needs tokens: set MONITOR_API_TOKENS")
     writes = request.method not in SAFE_METHODS or request.path.startswith("/api/admin/")
     return bool(config.tokens) and (config.auth_mode == "strict" or writes)
 
@@ -2470,17 +2271,12 @@ def guard():
         raise Problem("forbidden", "this server does not answer to that host name; see MONITOR_ALLOWED_HOSTS")
     if foreign_site(request.headers, host, request.method in SAFE_METHODS):
         raise Problem("forbidden", "requests from another web site are refused")
-    if (
-        not token_needed(config)
-        or token_valid(request.headers.get("Authorization"), config.tokens)
-        or logged_in()
-    ):
+    bearer = request.headers.get("Authorization")
+    if not token_needed(config) or token_valid(bearer, config.tokens) or logged_in():
         return None
     if wants_page() and request.method in SAFE_METHODS:
         return flask.redirect("/login?next=" + quoted(request.full_path.rstrip("?")), 303)
-    raise Problem(
-        "unauthorized", "a valid token is needed: Authorization: Bearer TOKEN, or a login at /login"
-    )
+    raise Problem("unauthorized", "a valid token is needed: Authorization: Bearer TOKEN, or log in at /login")
 
 
 # ======================================================================================================
@@ -2495,12 +2291,7 @@ PAGE_HEADERS = {
         "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     ),
 }
-MEDIA_TYPES = {
-    "css": "text/css",
-    "js": "text/javascript",
-    "svg": "image/svg+xml",
-    "jsonl": "application/x-ndjson",
-}
+MEDIA_TYPES = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 PAGE_ROWS = 100
 
 
@@ -2520,7 +2311,7 @@ def read_body(limit: int = MAX_BODY) -> bytes:
     environ, raw, chunk = flask.request.environ, b"", b"-"
     length = environ.get("CONTENT_LENGTH") or ("" if environ.get("wsgi.input_terminated") else "0")
     if length and not re.fullmatch("[0-9]{1,18}", length, re.ASCII):
-        raise Problem("invalid_input", "Content-Length is not a number")
+        raise invalid("Content-Length is not a number")
     wanted = int(length) if length else limit + 1
     source = environ["wsgi.input"]
     if isinstance(source, io.RawIOBase):
@@ -2533,11 +2324,11 @@ def read_body(limit: int = MAX_BODY) -> bytes:
     except TimeoutError:
         raise Problem("timed_out", "the body took too long to arrive") from None
     except (OSError, ValueError):
-        raise Problem("invalid_input", "the body was not received whole") from None
+        raise invalid("the body was not received whole") from None
     if max(len(raw), int(length or 0)) > limit:
         raise Problem("too_large", f"the body has more than {limit} bytes")
     if length and len(raw) < wanted:
-        raise Problem("invalid_input", "the body was not received whole")
+        raise invalid("the body was not received whole")
     return raw
 
 
@@ -2575,7 +2366,7 @@ def idempotency_key() -> str | None:
     """The Idempotency-Key header; Problem (invalid_input) when it is not 1 to 200 printable characters."""
     key = flask.request.headers.get("Idempotency-Key")
     if key is not None and not re.fullmatch(r"[\x20-\x7e]{1,200}", key):
-        raise Problem("invalid_input", "Idempotency-Key must be 1 to 200 printable ASCII characters")
+        raise invalid("Idempotency-Key must be 1 to 200 printable ASCII characters")
     return key
 
 
@@ -2621,10 +2412,23 @@ def post_update(fields: Fields, **own: str):
     return store_update(posted, posted)
 
 
-def post_payload(fields: Fields, limit: int, adapter: Callable[[dict[str, Any]], Draft]):
-    """Store what an agent or a service sent as an update of a named task."""
-    posted = clean(json_body(limit), fields)
-    return store_update(draft_fields(posted["task_id"], adapter(posted)), posted)
+def post_claude_hook():
+    """Store a Claude Code hook payload as an update of a named task."""
+    posted = clean(json_body(), CLAUDE_HOOK)
+    return store_update(draft_fields(posted["task_id"], agent_draft("claude", posted["payload"])), posted)
+
+
+def post_github_webhook():
+    """Store a GitHub webhook payload as an update of a named task."""
+    posted = clean(json_body(MAX_WEBHOOK), GITHUB_WEBHOOK)
+    draft = github_draft(posted["payload"], posted.get("headers"))
+    return store_update(draft_fields(posted["task_id"], draft), posted)
+
+
+def list_updates():
+    """One page of updates."""
+    wanted = query(UPDATE_QUERY)
+    return items(*monitor().store.read(lambda q: q.updates(q.filter(wanted), wanted)))
 
 
 def get_update(seq: str):
@@ -2666,17 +2470,13 @@ def send_backup():
     folder = tempfile.TemporaryDirectory(prefix="monitor-backup-")
     name = os.path.join(folder.name, "monitor.db")
     monitor().store.backup(name)
-    response = flask.Response(file_chunks(name), mimetype="application/vnd.sqlite3")
+    file = open(name, "rb")  # noqa: SIM115 (the response closes it)
+    chunks = iter(lambda: file.read(256 * 1024), b"")
+    response = flask.Response(chunks, mimetype="application/vnd.sqlite3")
+    response.call_on_close(file.close)
     response.content_length = os.path.getsize(name)
     response.call_on_close(folder.cleanup)
     return response
-
-
-def file_chunks(name: str) -> Iterator[bytes]:
-    """The bytes of a file, piece by piece."""
-    with open(name, "rb") as file:
-        while chunk := file.read(256 * 1024):
-            yield chunk
 
 
 def prune_updates():
@@ -2705,10 +2505,8 @@ def log_in():
         return page("login.html", 401, next=local_path(posted.get("next")), wrong=True)
     response = flask.redirect(local_path(posted.get("next")), 303)
     value = open_session(served.store.read_here(lambda q: q.head()["secret"]), token, time.time())
-    secure = flask.request.is_secure
-    response.set_cookie(
-        cookie_name(), value, max_age=SESSION_DAYS * 86400, httponly=True, samesite="Strict", secure=secure
-    )
+    options = {"max_age": SESSION_DAYS * 86400, "httponly": True, "samesite": "Strict"}
+    response.set_cookie(cookie_name(), value, secure=flask.request.is_secure, **options)
     return response
 
 
@@ -2731,9 +2529,8 @@ def local_path(text: str | None) -> str:
 def page(template: str, status: int = 200, **values: Any):
     """Render a page."""
     sessions = bool(monitor().config.tokens)  # else there is nothing to log in to
-    return flask.render_template(
-        template, version=__version__, sessions=sessions, logged_in=sessions and logged_in(), **values
-    ), status
+    values |= {"version": __version__, "sessions": sessions, "logged_in": sessions and logged_in()}
+    return flask.render_template(template, **values), status
 
 
 def dashboard_page():
@@ -2764,15 +2561,13 @@ def thread(q: Queries, chosen: Filter, wanted: dict[str, Any]) -> dict[str, Any]
 def task_page(reference: str):
     """One task: its forms and its thread, newest first."""
     named = path_reference(reference)
-    wanted = query({"before_seq": number_field()})
+    wanted = query(fields("before_seq"))
 
     def read(q: Queries) -> dict[str, Any]:
         row = q.one(TASK, named)
         chosen = Filter(task=row["number"])
-        found = {
-            "task": task_object(row),
-            "workstream": workstream_object(q.one(WORKSTREAM, row["workstream_id"])),
-        }
+        workstream = WORKSTREAM.make(q.one(WORKSTREAM, row["workstream_id"]))
+        found = {"task": TASK.make(row), "workstream": workstream}
         found |= {"workstreams": q.workstreams({}), "total": q.updates(chosen, {"limit": 1})[1]}
         return found | thread(q, chosen, wanted)
 
@@ -2781,7 +2576,7 @@ def task_page(reference: str):
 
 def stream_page():
     """The newest updates over all tasks, newest first."""
-    wanted = query({"before_seq": number_field(), "q": text_field(1000, empty=True)})
+    wanted = query(PAGE_QUERY)
 
     def read(q: Queries) -> dict[str, Any]:
         found = thread(q, EVERYTHING, wanted)
@@ -2800,18 +2595,10 @@ def form(fields: Iterable[str]) -> dict[str, str]:
     if flask.request.mimetype != "application/x-www-form-urlencoded":
         raise Problem("unsupported_media_type", "a form must be sent as application/x-www-form-urlencoded")
     try:
-        posted = dict(
-            parse_qsl(read_body().decode(), keep_blank_values=True, max_num_fields=100, errors="strict")
-        )
+        pairs = parse_qsl(read_body().decode(), True, max_num_fields=100, errors="strict")
     except ValueError:
-        raise Problem("invalid_input", "the form is not UTF-8 text, or has too many fields") from None
-    return {name: posted[name].replace("\r\n", "\n") for name in fields if name in posted}
-
-
-def create_workstream_form():
-    """The dashboard's form for a new workstream."""
-    monitor().create(WORKSTREAM, form(["name"]))
-    return flask.redirect("/dashboard", 303)
+        raise invalid("the form is not UTF-8 text, or has too many fields") from None
+    return {name: text.replace("\r\n", "\n") for name, text in pairs if name in fields}
 
 
 def create_task_form():
@@ -2853,6 +2640,11 @@ def static_file(name: str):
     return response.make_conditional(flask.request)
 
 
+def create_workstream_form():
+    """The dashboard's form for a new workstream."""
+    return monitor().create(WORKSTREAM, form(["name"])) and flask.redirect("/dashboard", 303)
+
+
 ROUTES = (  # an answer of one expression stands here
     ("GET", "/health", health),
     ("POST", "/api/workstreams", lambda: create_one(WORKSTREAM)),
@@ -2865,19 +2657,9 @@ ROUTES = (  # an answer of one expression stands here
     ("PATCH", "/api/tasks/<reference>", lambda reference: change_one(TASK, reference)),
     ("POST", "/api/updates", lambda: post_update(NEW_UPDATE)),
     ("POST", "/api/updates/manual", lambda: post_update(MANUAL_UPDATE, source="manual")),
-    (
-        "POST",
-        "/api/updates/claude-hook",
-        lambda: post_payload(CLAUDE_HOOK, MAX_BODY, lambda posted: agent_draft("claude", posted["payload"])),
-    ),
-    (
-        "POST",
-        "/api/updates/github-webhook",
-        lambda: post_payload(
-            GITHUB_WEBHOOK, MAX_WEBHOOK, lambda posted: github_draft(posted["payload"], posted.get("headers"))
-        ),
-    ),
-    ("GET", "/api/updates", lambda: items(*monitor().read_updates(query(UPDATE_QUERY)))),
+    ("POST", "/api/updates/claude-hook", post_claude_hook),
+    ("POST", "/api/updates/github-webhook", post_github_webhook),
+    ("GET", "/api/updates", list_updates),
     ("GET", "/api/updates/<seq>", get_update),
     ("POST", "/api/updates/<seq>/redact", lambda seq: answer(monitor().redact_update(path_seq(seq)))),
     ("GET", "/api/stream", stream),
@@ -2920,9 +2702,8 @@ def show_http_error(error):
     """What Flask itself refuses, in the same shape."""
     codes = {status: code for code, status in STATUS_OF.items() if code != "internal_error"}
     messages = {404: f"no such path: {flask.request.path[:200]}", 405: "this path does not take that method"}
-    problem = Problem(
-        codes.get(error.code, "invalid_input"), messages.get(error.code, error.description or error.name)
-    )
+    message = messages.get(error.code, error.description or error.name)
+    problem = Problem(codes.get(error.code, "invalid_input"), message)
     if error.code and error.code < 400:
         return error
     response = show_problem(problem)
@@ -2946,21 +2727,14 @@ def age(moment: str) -> str:
     return f"{max(0, int(seconds))} s"
 
 
-def clock(moment: str) -> str:
-    """An RFC 3339 time for a reader: `2026-11-22 14:03:11 UTC`."""
-    return moment[:19].replace("T", " ") + " UTC"
-
-
 def create_app(config: Config | None = None):
-    """Make the Flask app. It opens no database before the first request that needs it: `flask --app monitor`
-    runs this for every command.
-    """
+    """Make the Flask app. It opens no database: `flask --app monitor` runs this for every command."""
     import jinja2
     import werkzeug.exceptions
 
     app = flask.Flask("monitor", static_folder=None, template_folder=None)
     app.jinja_loader = jinja2.FunctionLoader(lambda name: asset("templates", name).decode())
-    app.jinja_env.filters |= {"age": age, "clock": clock}
+    app.jinja_env.filters |= {"age": age}
     app.extensions["monitor"] = Monitor(config or Config.load())
     app.before_request(guard)
     app.after_request(lambda response: response.headers.extend(PAGE_HEADERS) or response)
@@ -2985,18 +2759,14 @@ BODY_SECONDS = 60
 DEAD_PEER_SECONDS = 60  # a peer that takes nothing
 MAX_HEAD = 64 * 1024
 MAX_CONNECTIONS = 5000
-TOO_MANY = (
-    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
-)
+TOO_MANY = b"HTTP/1.1 503 Too Many\r\nRetry-After: 5\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 SEND_BUFFER = 64 * 1024  # a client that never reads holds 0.24 MB in the kernel instead of 3.8
 
 
 def listen(host: str, port: int):
     """A listening socket whose accepted sockets inherit what pywsgi leaves out; Problem without one.
-
-    TCP_NODELAY: without it every kept-alive request takes 44 ms. TCP_USER_TIMEOUT: a peer that stops reading
-    would block a writer for ever.
-    """
+    TCP_NODELAY: without it every kept-alive request takes 44 ms. TCP_USER_TIMEOUT: a peer that stops
+    reading would block a writer for ever."""
     import socket
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -3012,9 +2782,7 @@ def listen(host: str, port: int):
     except OSError as error:
         listener.close()
         reason = error.strerror or str(error)
-        raise Problem(
-            "server_misconfigured", f"cannot listen on {host}:{port}: {reason}; try --bind"
-        ) from None
+        raise misconfigured(f"cannot listen on {host}:{port}: {reason}; try --bind") from None
     return listener
 
 
@@ -3049,7 +2817,7 @@ def read_head(stream: Any) -> bytes:
         line = stream.readline(MAX_HEAD)
         raw += line
         if not re.fullmatch(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*)?\r\n", line) or len(raw) > MAX_HEAD:
-            raise Problem("invalid_input", f"the headers are malformed, or have more than {MAX_HEAD} bytes")
+            raise invalid(f"the headers are malformed, or have more than {MAX_HEAD} bytes")
     return raw
 
 
@@ -3057,13 +2825,13 @@ def check_framing(headers: Any) -> None:
     """Problem unless the headers say in one way, and exactly, where the body ends."""
     lengths, codings = headers.get_all("content-length", []), headers.get_all("transfer-encoding", [])
     if len(lengths) + len(codings) > 1:
-        raise Problem("invalid_input", "the length of the body is given twice")
+        raise invalid("the length of the body is given twice")
     if lengths and not re.fullmatch(r"[0-9]+", lengths[0], re.ASCII):
-        raise Problem("invalid_input", "Content-Length is not a number")
+        raise invalid("Content-Length is not a number")
     if lengths and len(lengths[0]) > 18:
         raise Problem("too_large", "no body may be that large")
     if codings and codings[0].lower() != "chunked":
-        raise Problem("invalid_input", "Transfer-Encoding is not chunked")
+        raise invalid("Transfer-Encoding is not chunked")
 
 
 def refusal(problem: Problem) -> bytes:
@@ -3086,7 +2854,7 @@ class HandlerLimits:
     def read_request(self, raw_requestline):
         """Read the headers; dripped ones are cut off, ambiguous framing is refused."""
         if not re.fullmatch(r"[A-Z]{1,20} [^\s]+ HTTP/1\.[01]\r\n", raw_requestline):
-            raise Problem("invalid_input", "that is no HTTP/1 request line of at most 8,191 bytes")
+            raise invalid("that is no HTTP/1 request line of at most 8,191 bytes")
         with self.limit(HEAD_SECONDS, quiet=True):
             return super().read_request(raw_requestline)
         raise Problem("timed_out", "the headers took too long to arrive")
@@ -3118,9 +2886,7 @@ class HandlerLimits:
 
     def _handle_client_error(self, error):
         """Answer a request that could not be read in the same shape as any other error."""
-        problem = (
-            error if isinstance(error, Problem) else Problem("invalid_input", "the request is malformed")
-        )
+        problem = error if isinstance(error, Problem) else invalid("the request is malformed")
         return str(problem.status), refusal(problem)
 
     def finalize_headers(self):
@@ -3182,7 +2948,7 @@ def thread_server(listener, app, access_log: bool):
 
         def send_error(self, code, message=None, explain=None):
             self.close_connection = True
-            self.wfile.write(refusal(Problem("invalid_input", message or "the request is malformed")))
+            self.wfile.write(refusal(invalid(message or "the request is malformed")))
 
         def parse_request(self):
             try:
@@ -3212,20 +2978,15 @@ def use_gevent() -> bool:
     return True
 
 
-def raise_file_limit() -> None:
-    """Allow as many open sockets as the system lets us."""
+def run_server(config: Config, access_log: bool, ready: Callable[[Monitor, str, bool], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then end the streams and checkpoint. `ready` gets the address."""
     import resource
 
+    with_gevent = use_gevent()
+    stopping = on_signals(with_gevent)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def run_server(config: Config, access_log: bool, ready: Callable[[Monitor, str, bool], None]) -> None:
-    """Serve until SIGINT or SIGTERM, then end the streams and checkpoint. `ready` gets the address."""
-    with_gevent = use_gevent()
-    stopping = on_signals(with_gevent)
-    raise_file_limit()
     app = create_app(config)
     served: Monitor = app.extensions["monitor"]
     listener = listen(config.host, config.port)
@@ -3246,23 +3007,19 @@ def run_server(config: Config, access_log: bool, ready: Callable[[Monitor, str, 
     served.close()
     if with_gevent:
         sys.stdout.flush()
-        os._exit(
-            0
-        )  # all is closed; gevent's locks go before logging's last use of them, which leaves a trace
+        # All is closed. gevent's locks would go before logging's last use of them, which leaves a trace.
+        os._exit(0)
 
 
 def on_signals(with_gevent: bool) -> threading.Event:
     """An event that SIGINT and SIGTERM set: raising in whatever greenlet runs would leave a mess."""
     import signal
 
-    stopping = threading.Event()
+    stopping, handle = threading.Event(), signal.signal
+    if with_gevent:
+        from gevent import signal_handler as handle
     for number in (signal.SIGINT, signal.SIGTERM):
-        if with_gevent:
-            import gevent
-
-            gevent.signal_handler(number, stopping.set)
-        else:
-            signal.signal(number, lambda *_: stopping.set())
+        handle(number, lambda *_: stopping.set())
     return stopping
 
 
@@ -3274,7 +3031,7 @@ LONG_SECONDS = 3600  # how long an administrator's command waits for an answer
 ANSWER_TYPES = {"id": str, "name": str, "seq": int, "items": list, "total": int}
 EXIT_CODES = {"not_found": 3, "conflict": 3, "unauthorized": 4}
 UNREACHABLE = 5
-QUIET, SERVER, TOKEN = "monitor.quiet", "monitor.server", "monitor.token"
+QUIET = "monitor.quiet"
 
 
 class Failure(click.ClickException):
@@ -3293,9 +3050,7 @@ class Failure(click.ClickException):
 
 def plain(text: str) -> str:
     """Text for a terminal: control and bidi characters replaced, so that stored text cannot steer it."""
-    return re.sub(
-        r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", "\N{REPLACEMENT CHARACTER}", text
-    )
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", "\ufffd", text)
 
 
 def remember(context: click.Context, parameter: click.Parameter, value: Any) -> None:
@@ -3306,15 +3061,13 @@ def remember(context: click.Context, parameter: click.Parameter, value: Any) -> 
 
 def global_options() -> list[click.Option]:
     """The options that every command takes, before or after its name."""
-    helps = {setting.name: setting.help for setting in CLIENT_SETTINGS}
     keep = {"expose_value": False, "callback": remember}
-    return [
-        click.Option(["--server"], metavar="URL", help=helps["MONITOR_SERVER"] + " [MONITOR_SERVER]", **keep),
-        click.Option(["--token"], help=helps["MONITOR_TOKEN"] + " [MONITOR_TOKEN]", **keep),
-        click.Option(
-            ["--quiet", "--silent"], is_flag=True, help="Print nothing; keep the exit status.", **keep
-        ),
+    options = [
+        click.Option(["--" + name.removeprefix("MONITOR_").lower()], help=f"{text} [{name}]", **keep)
+        for name, _, text in CLIENT_SETTINGS
     ]
+    quiet = {"is_flag": True, "help": "Print nothing; keep the exit status."}
+    return [*options, click.Option(["--quiet", "--silent"], **quiet, **keep)]
 
 
 class Command(click.Command):
@@ -3363,9 +3116,8 @@ class Client:
         import requests
 
         try:
-            response = self.session.request(
-                method, self.server + path, timeout=(5, seconds), allow_redirects=False, **options
-            )
+            options |= {"timeout": (5, seconds), "allow_redirects": False}
+            response = self.session.request(method, self.server + path, **options)
         except (requests.ConnectionError, requests.Timeout):
             raise Failure(f"no server at {self.server}; start one with: monitor serve", UNREACHABLE) from None
         except (requests.RequestException, UnicodeError) as error:
@@ -3378,14 +3130,7 @@ class Client:
         hint = "; set MONITOR_TOKEN or give --token" if problem.get("error") == "unauthorized" else ""
         raise Failure(problem["message"] + hint, EXIT_CODES.get(str(problem.get("error")), 1))
 
-    def call(
-        self,
-        method: str,
-        path: str,
-        body: Any = None,
-        seconds: float = 30,
-        query: dict[str, str] | None = None,
-    ) -> dict[str, Any]:
+    def call(self, method: str, path: str, body: Any = None, seconds: float = 30, query: Any = None) -> Any:
         """Make a request; returns the JSON object that answers it. Failure for anything else."""
         answered = json_object(self.send(method, path, seconds, json=body, params=query))
         if not answered:
@@ -3406,8 +3151,8 @@ def client() -> Client:
     """The client for the current command line: options first, then the environment, then the defaults."""
     given = click.get_current_context().meta
     server, token = (
-        given.get(name) or os.environ.get(setting.name) or setting.default
-        for name, setting in zip((SERVER, TOKEN), CLIENT_SETTINGS, strict=True)
+        given.get("monitor." + name.removeprefix("MONITOR_").lower()) or os.environ.get(name) or default
+        for name, default, _ in CLIENT_SETTINGS
     )
     if not re.fullmatch(r"https?://[^\s/]+[^\s]*", server):
         raise Failure(f"{server!r} is not a server address; it must look like http://127.0.0.1:3000", 2)
@@ -3439,39 +3184,10 @@ def cli() -> None:
     """
 
 
-@cli.group()
-def workstream() -> None:
-    """Make, list and change workstreams."""
-
-
-@cli.group()
-def task() -> None:
-    """Make, list and change tasks."""
-
-
-@cli.group()
-def update() -> None:
-    """Add updates to tasks."""
-
-
-OPTIONS = {  # field of the API: its option where that has another name, and what it is for
-    "data": ("", "Any JSON to keep with it."),
-    "hidden": ("", "Keep it out of lists, or bring it back."),
-    "include_archived": ("", "Archived ones too."),
-    "include_hidden": ("", "Hidden ones too."),
-    "q": ("", "Words in their names and summaries."),
-    "kind": ("", "What sort of update it is, as decision or status_note."),
-    "level": ("", "How much it matters."),
-    "message": ("", "What there is to say."),
-    "metadata": ("", "Any JSON to keep with it."),
-    "name": ("", "A new name."),
-    "status": ("", "Its status."),
-    "summary_source": ("", "Who says so (manual)."),
-    "summary_text": ("--summary", 'How it stands, in a sentence; "" clears it.'),
-    "tags": ("", "Tags, comma separated."),
-    "task_id": ("--task", "The task: its number, its id or the first digits of that."),
-    "workstream_id": ("--workstream", "The workstream: its id or the first digits of that."),
-}
+workstream = cli.group("workstream", help="Make, list and change workstreams.")(lambda: None)
+task = cli.group("task", help="Make, list and change tasks.")(lambda: None)
+update = cli.group("update", help="Add updates to tasks, or wipe one.")(lambda: None)
+OPTION_NAMES = {"summary_text": "--summary", "task_id": "--task", "workstream_id": "--workstream"}
 
 
 def json_value(text: str) -> Any:
@@ -3484,32 +3200,26 @@ def json_value(text: str) -> Any:
 
 def field_option(name: str, field: Field, in_query: bool) -> click.Option:
     """The command line's option for a field of the API."""
-    option, text = OPTIONS[name]
-    option, schema = option or "--" + name.replace("_", "-"), field.schema
-    kind = {"string": click.STRING, "array": split_list}.get(schema.get("type", ""), json_value)
-    if "enum" in schema:
-        kind = click.Choice(schema["enum"])
-    settings: dict[str, Any] = {"type": kind, "help": text} | (
-        {"required": True} if field.required else {"default": None}
-    )
+    option, schema = OPTION_NAMES.get(name, "--" + name.replace("_", "-")), field.schema
+    settings: dict[str, Any] = {"required": True} if field.required else {"default": None}
     if schema.get("type") == "boolean":
-        settings = {"help": text, "default": None} | (
-            {"flag_value": "true", "is_flag": True} if in_query else {}
-        )
+        settings |= {"flag_value": "true", "is_flag": True} if in_query else {}
         option += "" if in_query else f"/--no-{name}"
-    elif name.endswith("_id") or not schema or schema.get("type") == "array":
-        settings["metavar"] = "ID" if name.endswith("_id") else "JSON" if not schema else "A,B"
-    return click.Option([option, name], **settings)
+    elif "enum" in schema:
+        settings["type"] = click.Choice(schema["enum"])
+    elif schema.get("type") == "array":
+        settings |= {"type": split_list, "metavar": "A,B"}
+    elif not schema:
+        settings |= {"type": json_value, "metavar": "JSON"}
+    elif name.endswith("_id"):
+        settings["metavar"] = "ID"
+    return click.Option([option, name], help=field.text or FIELDS[name][1], **settings)
 
 
-def api_command(
-    group: click.Group, name: str, method: str, place: str, fields: Fields, text: str, *expected: str
-) -> None:
-    """Make a command of an API request: its options are the fields of the body or query.
-
-    `create` takes NAME as its argument, `update` ID.
-    """
+def api_command(group: click.Group, name: str, method: str, place: str, fields: Fields, text: str) -> None:
+    """Make a command of an API request; the fields of its body or query are the options."""
     argument = {"create": "name", "update": "id"}.get(name)
+    expected = ("items", "total") if method == "GET" else ("id",)
 
     def call(**given: Any) -> None:
         named = [given.pop("id")] if argument == "id" else []
@@ -3517,49 +3227,28 @@ def api_command(
         sent = {"query": given} if method == "GET" else {"body": given}
         show(client().call(method, path(*place.split("/"), *named), **sent), *expected)
 
-    options = [
-        field_option(field, check, method == "GET") for field, check in fields.items() if field != argument
-    ]
+    options = [field_option(field, check, method == "GET") for field, check in fields.items()]
     arguments = [click.Argument([argument], metavar=argument.upper())] if argument else []
-    group.add_command(Command(name, params=[*arguments, *options], callback=call, help=text))
+    params = arguments + [option for option in options if option.name != (name == "create" and argument)]
+    group.add_command(Command(name, params=params, callback=call, help=text))
 
 
 for definition in (
-    (workstream, "create", "POST", "workstreams", NEW_WORKSTREAM, "Make a workstream.", "id", "name"),
-    (
-        workstream,
-        "list",
-        "GET",
-        "workstreams",
-        WORKSTREAM_QUERY,
-        "List workstreams, oldest first.",
-        "items",
-        "total",
-    ),
-    (workstream, "update", "PATCH", "workstreams", WORKSTREAM_CHANGES, "Change a workstream.", "id", "name"),
-    (task, "create", "POST", "tasks", NEW_TASK, "Make a task.", "id", "name"),
-    (task, "list", "GET", "tasks", TASK_QUERY, "List tasks, oldest first.", "items", "total"),
-    (task, "update", "PATCH", "tasks", TASK_CHANGES, "Change a task.", "id", "name"),
-    (
-        update,
-        "manual",
-        "POST",
-        "updates/manual",
-        MANUAL_UPDATE,
-        "Add a person's update to a task.",
-        "id",
-        "seq",
-    ),
+    (workstream, "create", "POST", "workstreams", NEW_WORKSTREAM, "Make a workstream."),
+    (workstream, "list", "GET", "workstreams", WORKSTREAM_QUERY, "List workstreams, oldest first."),
+    (workstream, "update", "PATCH", "workstreams", WORKSTREAM_CHANGES, "Change a workstream."),
+    (task, "create", "POST", "tasks", NEW_TASK, "Make a task."),
+    (task, "list", "GET", "tasks", TASK_QUERY, "List tasks, oldest first."),
+    (task, "update", "PATCH", "tasks", TASK_CHANGES, "Change a task."),
+    (update, "manual", "POST", "updates/manual", MANUAL_UPDATE, "Add a person's update to a task."),
 ):
     api_command(*definition)
 
 
 @contextlib.contextmanager
 def database(file: str | None) -> Iterator[Client]:
-    """A client for the server at --server or, where none answers or a file is named, for a database at rest.
-
-    That one is served by this process for as long as the command takes, behind a token that nobody knows.
-    """
+    """A client for the server at --server or, where none answers or a file is named, for a database at
+    rest: this process serves it for as long as the command takes, behind a token that nobody knows."""
     if file is None:
         try:
             client().call("GET", "/health")
@@ -3598,9 +3287,7 @@ def database_option(function: Callable) -> Callable:
 @database_option
 def update_redact(seq: int, file: str | None) -> None:
     """Wipe message and data of an update that holds something it must not; its number and a mark stay.
-
-    Copies made before, as backups, still hold it.
-    """
+    Copies made before, as backups, still hold it."""
     with database(file) as server:
         show(server.call("POST", path("updates", str(seq), "redact"), seconds=LONG_SECONDS), "id", "seq")
 
@@ -3699,54 +3386,42 @@ def announce(served: Monitor, address: str, with_gevent: bool) -> None:
     """Say where the server is, what it works on, and the next thing to type."""
     if "--quiet" in sys.argv or "--silent" in sys.argv:
         return
-    config = served.config
-    wide = config.host not in LOOPBACK_NAMES
-    who = f"anyone {'who reaches it' if wide else 'on this machine'} may read and write"
-    if config.tokens:
-        who = (
-            "reads are open, writes need a token"
-            if config.auth_mode == "relaxed"
-            else "everything needs a token"
-        )
-    elif config.auth_mode == "strict":
-        who = "nothing will be answered until MONITOR_API_TOKENS is set"
+    config, wide = served.config, served.config.host not in LOOPBACK_NAMES
+    who = {
+        (True, "relaxed"): "reads are open, writes need a token",
+        (True, "strict"): "everything needs a token",
+        (False, "relaxed"): f"anyone {'who reaches it' if wide else 'on this machine'} may read and write",
+        (False, "strict"): "nothing will be answered until MONITOR_API_TOKENS is set",
+    }[bool(config.tokens), config.auth_mode]
     database = served.store.path + ("" if config.database else "  (temporary: removed at exit)")
-    program = (
-        "monitor" if os.path.basename(sys.argv[0]) in ("monitor", "monitor-cli") else f"python {sys.argv[0]}"
-    )
+    name = os.path.basename(sys.argv[0])
+    program = "monitor" if name in ("monitor", "monitor-cli") else f"python {sys.argv[0]}"
     where = "" if address == CLIENT_SETTINGS[0].default else f" --server {address}"
-    others = "other machines can reach this server: they may read everything without a token"
-    if not config.tokens:
-        others += ", and write and change it"
     lines = [
         f"Monitor {__version__} at {address}",
         f"  database  {database}",
         f"  auth      {config.auth_mode}: {who}",
         f"  server    {'gevent' if with_gevent else 'threads'}",
-        f'  next      open {address}, or type: {program} workstream create "My project"{where}',
     ]
+    if config.database:
+        lines.append(f'  next      open {address}, or type: {program} workstream create "My project"{where}')
     if wide and config.auth_mode != "strict":
-        lines.append(f"  warning   {others}")
-    if not served.config.database:
-        lines.pop(-1 if "next" in lines[-1] else -2)
+        writes = "" if config.tokens else ", and write and change it"
+        lines.append(f"  warning   other machines may read everything here without a token{writes}")
     click.echo("\n".join(lines))
     sys.stdout.flush()
 
 
 @cli.command()
-@click.option(
-    "--bind", default="127.0.0.1:0", show_default=True, help="Address and port; port 0 is a free one."
-)
+@click.option("--bind", default="127.0.0.1:0", show_default=True, help="Address and port; 0: a free one.")
 @click.option("--speed", default=1.0, show_default=True, help="How much faster than recorded the story runs.")
 def demo(bind: str, speed: float) -> None:
     """Serve a recorded story from a temporary database: agents at work, CI, and one that waits for you."""
-    config = Config.load(
-        {"MONITOR_BIND": bind, "MONITOR_DB": "sqlite::memory:", "MONITOR_AUTH_MODE": "relaxed"}
-    )
-    config = dataclasses.replace(config, tokens=())
+    config = Config.load({"MONITOR_BIND": bind, "MONITOR_DB": "sqlite::memory:"})
+    config = dataclasses.replace(config, tokens=(), auth_mode="relaxed")
 
     def tell(served: Monitor, address: str, with_gevent: bool) -> None:
-        lines = [json.loads(line) for line in asset("static", "demo.jsonl").splitlines()]
+        lines = [json.loads(line) for line in asset("templates", "demo.jsonl").splitlines()]
         past = [line for line in lines if line["at"] <= 0]
         story = Story(served, time.time())
         with click.progressbar(past, label="Loading the story", file=sys.stderr) as steps:
@@ -3779,21 +3454,15 @@ class Story:
             self.ids[step["key"]] = json.loads(self.monitor.create(TASK, body, moment))["id"]
         elif does == "patch":
             self.monitor.change(TASK, task_id, step, moment)
+        elif does == "update":
+            fields = clean({"source": "manual"} | step | {"task_id": task_id}, NEW_UPDATE)
+            self.monitor.add_update(fields, moment=moment)
         else:
-            for fields in self.fields(step, task_id):
-                self.monitor.add_update(fields, moment=moment)
-
-    def fields(self, step: dict[str, Any], task_id: str) -> Iterator[dict[str, Any]]:
-        """The update that a step makes; none for a hook that is noise."""
-        if step["do"] == "update":
-            yield clean({"source": "manual"} | step | {"task_id": task_id}, NEW_UPDATE)
-            return
-        hook = step["do"] == "claude"
-        draft = (
-            agent_draft("claude", step["payload"]) if hook else github_draft(step["payload"], step["headers"])
-        )
-        if draft.keep or not hook:
-            yield draft_fields(task_id, draft)
+            adapters = {"claude": lambda: agent_draft("claude", step["payload"])}
+            adapters["github"] = lambda: github_draft(step["payload"], step["headers"])
+            draft = adapters[does]()
+            if draft.keep or does == "github":
+                self.monitor.add_update(draft_fields(task_id, draft), moment=moment)
 
     def tell_live(self, steps: list[dict[str, Any]], speed: float) -> None:
         """Do the steps that lie ahead, each at its time, until the server shuts down."""
@@ -3808,16 +3477,14 @@ def main() -> None:
     quiet = bool({"--quiet", "--silent"} & set(sys.argv[1:]))
     try:
         cli.main(prog_name="monitor", standalone_mode=False)
-    except click.UsageError as error:
-        where = f"; see: {error.ctx.command_path} --help" if error.ctx else ""
-        leave(error.format_message() + where, 2, quiet)
     except click.ClickException as error:
-        leave(error.format_message(), error.exit_code, quiet)
+        context = getattr(error, "ctx", None)
+        where = f"; see: {context.command_path} --help" if context else ""
+        leave(error.format_message() + where, error.exit_code, quiet)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at exit
-        sys.exit(1)
+        os._exit(1)  # nobody reads on: Python would complain at exit
     except OSError as error:
         leave(f"cannot write: {error.strerror}", 1, quiet)
 

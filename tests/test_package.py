@@ -104,9 +104,9 @@ def test_the_installed_program_serves_from_an_empty_folder(installed, tmp_path, 
 
 def test_the_installed_program_shows_its_demo(installed, tmp_path, monkeypatch):
     """The story is a file of the package too."""
-    code = "import monitor; print(monitor.__file__, len(monitor.asset('static', 'demo.jsonl')))"
+    code = "import monitor; print(monitor.__file__, len(monitor.asset('templates', 'demo.jsonl')))"
     file, size = output(installed / "python", "-c", code, folder=tmp_path).rsplit(maxsplit=1)
-    assert str(ROOT) not in file and int(size) == (ROOT / "static" / "demo.jsonl").stat().st_size
+    assert str(ROOT) not in file and int(size) == (ROOT / "templates" / "demo.jsonl").stat().st_size
 
 
 def test_the_script_and_the_package_need_the_same():

@@ -898,7 +898,7 @@ def test_the_demo_is_open_to_try_whatever_the_settings_say(demo):
 def test_the_demo_goes_on_and_stops_at_once_leaving_nothing(tmp_path):
     running = Demo(tmp_path, "--speed", "1000")
     past = running.get("/api/updates")["total"]
-    steps = [json.loads(line) for line in (ROOT / "static" / "demo.jsonl").read_text().splitlines()]
+    steps = [json.loads(line) for line in (ROOT / "templates" / "demo.jsonl").read_text().splitlines()]
     last = [step for step in steps if step["do"] == "patch"][-1]
     wait_until(lambda: last["summary_text"] in look(running, "/dashboard").main)
     assert running.get("/api/updates")["total"] > past

@@ -289,8 +289,12 @@ def test_json_may_be_as_deep_as_the_limit_and_no_deeper(make):
 
 ID = "0a1b2c3d-4e5f-4a6b-8c7d-9e0f1a2b3c4d"
 TEXT_FIELD, OPEN_TEXT = monitor.text_field(5), monitor.text_field(5, empty=True)
-CHOICE, FLAG, JSON = monitor.choice_field("a", "b"), monitor.flag_field(), monitor.json_field()
-TAGS, REFERENCE, OBJECT = monitor.tags_field(3, 5), monitor.reference_field(), monitor.object_field()
+CHOICE, FLAG, JSON = monitor.choice_field("a", "b"), monitor.flag_field(), monitor.field_of(object, "")
+TAGS, REFERENCE, OBJECT = (
+    monitor.tags_field(3, 5),
+    monitor.reference_field(),
+    monitor.field_of(dict, "an object"),
+)
 NUMBER, PAGE = monitor.number_field(), monitor.number_field(least=1, most=200)
 TIME = monitor.time_field()
 BODY_FIELDS = st.sampled_from([TEXT_FIELD, OPEN_TEXT, CHOICE, FLAG, TAGS, REFERENCE, OBJECT])
@@ -368,7 +372,7 @@ def test_a_field_takes_or_refuses_whatever_can_come(case):
 CLEANED = {
     "name": monitor.text_field(10, required=True),
     "note": monitor.text_field(10),
-    "any": monitor.json_field(),
+    "any": monitor.field_of(object, ""),
 }
 
 

@@ -1,0 +1,268 @@
+"""The servers of bench.py, and the clients that load them: raw sockets in processes of their own, so that no
+client library is what is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import re
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+FORK = multiprocessing.get_context("fork")
+READ_SIZE = 64 * 1024  # twice that costs three times as much a call
+UPDATE_EVENT, SENT_AT = b"\nevent: update\n", re.compile(rb"sent at (\d{20})")
+TAIL = 27  # one byte less than SENT_AT matches: what may begin in one piece and end in the next
+
+
+class Times(NamedTuple):
+    """What came of some requests, the times in milliseconds."""
+
+    rate: float
+    p50: float
+    p99: float
+    begin: float = 0.0
+    count: int = 0
+
+    def __str__(self) -> str:
+        return f"p50 {self.p50:.2f} ms, p99 {self.p99:.2f} ms"
+
+
+def timed(delays: list[float], begin: float) -> Times:
+    """The Times of requests that began at a monotonic time and end now."""
+    delays = sorted(delays) or [float("nan")]
+    p50, p99 = (delays[int(len(delays) * share)] for share in (0.5, 0.99))
+    return Times(len(delays) / (time.monotonic() - begin), p50, p99, begin, len(delays))
+
+
+# ----- servers -----
+
+
+class Server:
+    """A server process on a free port: Monitor on a database, or the bare Flask app."""
+
+    def __init__(self, database: Path | None):
+        monitor = [str(ROOT / "monitor.py"), "serve", "--bind", "127.0.0.1:0", "--db", str(database)]
+        command = [
+            sys.executable,
+            *(monitor if database else [str(ROOT / "tests" / "bench.py"), "--bare-server"]),
+        ]
+        self.process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
+        self.database = database
+        self.port = int(self.process.stdout.readline().rpartition(":")[2])
+
+    def stop(self) -> None:
+        """End it."""
+        self.process.terminate()
+        self.process.wait(30)
+        self.process.stdout.close()
+
+    def memory(self) -> float:
+        """Its resident memory in MB."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024 / 1e6
+
+    def ask(self, request: bytes) -> dict[str, Any]:
+        """The JSON of one answer."""
+        with connect(self.port) as line:
+            line.sendall(request)
+            return json.loads(take_answer(line))
+
+    def new_task(self) -> str:
+        """The id of a task of its own."""
+        workstream = self.ask(post("/api/workstreams", name="bench"))
+        return self.ask(post("/api/tasks", workstream_id=workstream["id"], name="bench"))["id"]
+
+    def load(
+        self, request: bytes, connections: int, seconds: float, most: int = 10**9
+    ) -> Callable[[], Times]:
+        """A measure: so many connections kept busy, until the time or the count is over."""
+        return lambda: apart(load, self.port, request, connections, seconds, most)()
+
+    def commits(self) -> int:
+        """How many commits, each of one fsync, its log holds: the last frame of one has a size in it."""
+        log = Path(f"{self.database}-wal").read_bytes()
+        frame = 24 + int.from_bytes(log[8:12], "big")
+        heads = [log[at : at + 16] for at in range(32, len(log), frame)]
+        return sum(head[8:16] == log[16:24] and any(head[4:8]) for head in heads)
+
+
+@contextlib.contextmanager
+def serving(database: Path | None = None, bare: bool = False) -> Iterator[Server]:
+    """A running server, on an empty database unless one is given."""
+    with tempfile.TemporaryDirectory(prefix="monitor-bench-") as folder:
+        server = Server(None if bare else database or Path(folder) / "monitor.db")
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+def environment(**settings: str) -> dict[str, str]:
+    """This process's environment without Monitor's and Python's settings, plus the given ones."""
+    ours = ("MONITOR_", "PYTHON")
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | settings
+
+
+def serve_bare() -> None:
+    """The baseline: Flask under Monitor's own server, with routes that do nothing but JSON."""
+    import monitor
+
+    server = monitor.gevent_server if monitor.use_gevent() else monitor.thread_server
+    import flask
+
+    app = flask.Flask("bare", static_folder=None)
+    app.add_url_rule("/", "read", lambda: {"status": "ok"})
+    app.add_url_rule("/", "write", lambda: ({"fields": len(flask.request.get_json())}, 201), methods=["POST"])
+    listener = monitor.listen("127.0.0.1", 0)
+    print(f"bare at http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
+    server(listener, app, False)[0]()
+
+
+# ----- clients, each in a process of its own -----
+
+
+def apart(function: Callable, *arguments: Any) -> Callable[[], Any]:
+    """Start a function in a process of its own; returns the function that waits for its result."""
+    mine, theirs = FORK.Pipe()
+    FORK.Process(target=lambda: theirs.send(function(*arguments)), daemon=True).start()
+    theirs.close()
+    return mine.recv
+
+
+def connect(port: int) -> socket.socket:
+    """A connection to a server of ours."""
+    line = socket.create_connection(("127.0.0.1", port), 30)
+    line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return line
+
+
+def get(path: str) -> bytes:
+    """A GET request."""
+    return f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
+
+
+def post(path: str, **body: Any) -> bytes:
+    """A POST request with a JSON body."""
+    content = json.dumps(body)
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(content)}\r\n\r\n{content}".encode()
+
+
+def update(task: str, message: str = "Ran 218 tests in 14 s: all passed", path: str = "") -> bytes:
+    """A request for an update such as agents make."""
+    fields = {"kind": "test_result", "level": "info", "tags": ["tests", "pytest"]}
+    return post(path or "/api/updates/manual", task_id=task, message=message, **fields)
+
+
+def stamped(task: str) -> bytes:
+    """A request for an update that tells when it was sent, on the clock that all processes share."""
+    return update(task, f"sent at {time.monotonic_ns():020d}")
+
+
+def take_answer(line: socket.socket) -> bytes:
+    """The body of the next answer; RuntimeError unless it is a success."""
+    data = line.recv(READ_SIZE)
+    while data and b"\r\n\r\n" not in data:
+        data += line.recv(READ_SIZE)
+    head, _, body = data.partition(b"\r\n\r\n")
+    if not head.startswith(b"HTTP/1.1 20"):
+        raise RuntimeError(data[:500])
+    size = int(re.search(rb"Content-Length: (\d+)", head)[1])
+    while len(body) < size:
+        body += line.recv(READ_SIZE)
+    return body
+
+
+def load(port: int, request: bytes, connections: int, seconds: float, most: int) -> Times:
+    """Keep connections busy, each with one request after the other, until the time or the count is over."""
+    lines = {line.fileno(): line for line in (connect(port) for _ in range(connections))}
+    poll, delays, begin = select.epoll(), [], time.monotonic()
+    sent = dict.fromkeys(lines, begin)
+    for number, line in lines.items():
+        poll.register(number, select.EPOLLIN)
+        line.sendall(request)
+    while sent:
+        for number, _ in poll.poll(30):
+            take_answer(lines[number])
+            now = time.monotonic()
+            delays.append((now - sent.pop(number)) * 1000)
+            if now - begin < seconds and len(delays) + len(sent) < most:
+                sent[number] = now
+                lines[number].sendall(request)
+    return timed(delays, begin)
+
+
+def pace(port: int, make: Callable[[], bytes], rate: float, seconds: float) -> Times:
+    """Ask at a steady rate over one connection."""
+    delays, begin = [], time.monotonic()
+    with connect(port) as line:
+        for turn in range(int(rate * seconds)):
+            time.sleep(max(0.0, begin + turn / rate - time.monotonic()))
+            asked = time.monotonic()
+            line.sendall(make())
+            take_answer(line)
+            delays.append((time.monotonic() - asked) * 1000)
+    return timed(delays, begin)
+
+
+class Readers:
+    """Readers of the stream, together in one process of their own; connected when this returns."""
+
+    def __init__(self, port: int, count: int, query: str = ""):
+        self._pipe, theirs = FORK.Pipe()
+        FORK.Process(target=follow_streams, args=(theirs, port, count, query), daemon=True).start()
+        theirs.close()
+        self._pipe.recv()
+
+    def finish(self, expected: int, seconds: float = 60) -> tuple[int, float, list[float]]:
+        """End them once they have got the expected updates, or time is over.
+
+        Returns how many updates they got, when the last came, and the milliseconds that `stamped` ones took.
+        """
+        self._pipe.send((expected, time.monotonic() + seconds))
+        return self._pipe.recv()
+
+
+def follow_streams(pipe: Any, port: int, count: int, query: str) -> None:
+    """The process of Readers: open the streams, say so, read until told to finish."""
+    poll, lines = select.epoll(), {}
+    for _ in range(count):
+        line = connect(port)
+        line.sendall(get("/api/stream" + query))
+        lines[line.fileno()] = line
+        poll.register(line.fileno(), select.EPOLLIN)
+    greeted, got, last, delays, tails, until = 0, 0, 0.0, [], dict.fromkeys(lines, b""), None
+    while until is None or (got < until[0] and time.monotonic() < until[1]):
+        for number, _ in poll.poll(0.05):
+            data = tails[number] + lines[number].recv(READ_SIZE)
+            last = time.monotonic()
+            tail = tails[number] = data[-TAIL:]
+            got += data.count(UPDATE_EVENT) - tail.count(UPDATE_EVENT)
+            if len(data) < 4096:  # what is longer is a burst, whose readers must do nothing but count
+                delays += [last * 1000 - moment for moment in sent_times(data)]
+            if greeted < count:
+                greeted += b"event: hello" in data
+                if greeted == count:
+                    pipe.send("connected")
+        until = pipe.recv() if pipe.poll() else until
+    pipe.send((got, last, delays))
+
+
+@functools.lru_cache(maxsize=64)
+def sent_times(data: bytes) -> list[float]:
+    """When the updates in a piece of a stream were sent; a thousand readers get the same piece."""
+    return [int(found) / 1e6 for found in SENT_AT.findall(data)]
