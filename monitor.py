@@ -1,8 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "flask>=3.1.3", "werkzeug>=3.1.6", "flask-sock>=0.7", "gevent>=25.4.1", "click>=8.2",
-#     "requests>=2.32.4",
+#     "flask>=3.1.3", "werkzeug>=3.1.6", "flask-sock>=0.7", "gevent>=25.4.1", "click>=8.2", "requests>=2.32.4"
 # ]
 # ///
 """Monitor: a local-first monitor of development work.
@@ -248,20 +247,23 @@ def timestamp(moment: datetime.datetime | None = None) -> str:
     return moment.astimezone(datetime.UTC).isoformat(timespec="microseconds")[:26] + "Z"
 
 
+ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # made once: json.dumps makes one a call
+
+
 def dump(value: Any) -> str:
     """Serialise to compact ASCII JSON: U+2028 breaks some SSE clients, NaN and Infinity break them all."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return ENCODER.encode(value)
 
 
 def parse_json(raw: bytes) -> Any:
-    """Parse a JSON text in UTF-8. Problem (invalid_input) for what could not be stored and given back.
-    Refused beyond the grammar: NaN and numbers that overflow to infinity (json.loads("1e999") gives one,
-    and one stored Infinity breaks every list that holds it), integers beyond 64 bits, more than 64 levels,
-    NUL (SQL functions cut strings there) and lone surrogates."""
+    """Parse a JSON text in UTF-8. Problem for what could not be stored and given back: also NaN, numbers
+    that overflow to infinity (json.loads("1e999") gives one, and one stored breaks every list that holds
+    it), integers beyond 64 bits, more than 64 levels, NUL (SQL functions cut strings there), lone
+    surrogates."""
     try:
         text = raw.decode("utf-8")
-        value = json.loads(text, parse_int=parse_integer, parse_float=parse_float, parse_constant=parse_float)
-        too_deep = deeper_than(value, MAX_DEPTH)
+        value = DECODER.decode(text)
+        too_deep = text.count("[") + text.count("{") > MAX_DEPTH and deeper_than(value, MAX_DEPTH)
     except UnicodeDecodeError:
         raise invalid("the body is not UTF-8") from None
     except RecursionError:
@@ -270,7 +272,7 @@ def parse_json(raw: bytes) -> Any:
         raise invalid(f"the body is not JSON: {error}") from None
     if too_deep:
         raise invalid(f"the body is nested deeper than {MAX_DEPTH} levels")
-    if re.search(r"\\u(0000|[dD][89a-fA-F])", text):
+    if "\\u" in text and re.search(r"\\u(0000|[dD][89a-fA-F])", text):
         check_strings(value)
     return value
 
@@ -287,6 +289,9 @@ def parse_float(digits: str) -> float:
     if not abs(float(digits)) <= sys.float_info.max:
         raise ValueError(f"the number {digits[:24]} is not finite")
     return float(digits)
+
+
+DECODER = json.JSONDecoder(parse_int=parse_integer, parse_float=parse_float, parse_constant=parse_float)
 
 
 def deeper_than(value: Any, levels: int) -> bool:
@@ -526,6 +531,9 @@ def tables() -> types.SimpleNamespace:
         rows |= {
             name: re.sub("<(?:script|error)>", lambda m: marks[m[0]], "|".join(rows[name])) for name in rows
         }
+    found["secret_marks"] = {*SECRET_WORDS, "authorization"} | {row["mark"] for row in found["secrets"]} - {
+        ""
+    }
     found["secrets"] = [(row["mark"], re.compile(row["pattern"])) for row in found["secrets"]]
     return types.SimpleNamespace(**found | {"secret_name": re.compile(found["secret_name"])})
 
@@ -557,18 +565,26 @@ MASKED = (MASK, r"\1" + MASK, r"\1" + MASK + r"\2")
 
 
 def redact(value: Any) -> Any:
+    """Mask what looks like a secret at any depth; a value without any mark of one is given back as it is."""
+    lowered = json.dumps(value).lower()
+    return redact_deep(value) if any(map(lowered.__contains__, tables().secret_marks)) else value
+
+
+def redact_deep(value: Any) -> Any:
     """Mask what looks like a secret at any depth, and whole strings under names such as password."""
     if isinstance(value, str):
         return redact_text(value)
     if isinstance(value, list):
-        return [redact(child) for child in value]
+        return [redact_deep(child) for child in value]
     if isinstance(value, dict):
         masked: dict[str, Any] = {}
         for name, child in value.items():
             label = redact_text(name)
             while label in masked:
                 label += "*"  # two names that are secrets keep both their values
-            masked[label] = MASK if isinstance(child, str) and child and names_secret(name) else redact(child)
+            masked[label] = (
+                MASK if isinstance(child, str) and child and names_secret(name) else redact_deep(child)
+            )
         return masked
     return value
 
@@ -1154,18 +1170,16 @@ class Queries:
         arms, values = update_query(chosen, wanted)
         order = wanted.get("order", "desc" if wanted.get("q") else "asc")
         limit = wanted.get("limit", 50)
-        page = " UNION ".join(
-            f"SELECT * FROM (SELECT {arm.seq} AS seq {arm.rows} ORDER BY 1 {order} LIMIT {limit})"
-            for arm in arms
-        )
+        newest = f"ORDER BY 1 {order} LIMIT {limit}"
+        page = " UNION ".join(f"SELECT * FROM (SELECT {seq} AS seq {rows} {newest})" for seq, rows in arms)
         sql = f"SELECT body FROM ({page}) AS page JOIN log USING (seq) ORDER BY seq {order} LIMIT {limit}"
         bodies = take(self.db.execute(sql, values), PAGE_BYTES) if arms else []
         if not wanted.get("total", True):
             return bodies, None
         if len(arms) == 1:
-            count = f"SELECT COUNT(*) {arms[0].rows}"
+            count = f"SELECT COUNT(*) {arms[0][1]}"
         else:
-            seqs = " UNION ".join(f"SELECT {arm.seq} AS seq {arm.rows}" for arm in arms)
+            seqs = " UNION ".join(f"SELECT {seq} AS seq {rows}" for seq, rows in arms)
             count = f"SELECT COUNT(*) FROM ({seqs or 'SELECT 1 WHERE FALSE'})"
         return bodies, self.db.execute(count, values).fetchone()[0]
 
@@ -1208,7 +1222,7 @@ class Queries:
         if chosen.updates_only:
             window = {"after_seq": cursor, "before_seq": last + 1}
             arms, named = update_query(chosen._replace(workstream=None), window)
-            seqs = " UNION ".join(f"SELECT {arm.seq} AS seq {arm.rows}" for arm in arms)
+            seqs = " UNION ".join(f"SELECT {seq} AS seq {found}" for seq, found in arms)
             rows, values = f"({seqs}) AS page JOIN log USING (seq)", values | named
         sql = f"""
             SELECT log.seq, event, log.task, log.workstream, body, source, kind, level
@@ -1239,14 +1253,7 @@ def take(rows: Iterable[Any], limit: int) -> list[str]:
     return texts
 
 
-class Arm(NamedTuple):
-    """One SELECT of matching updates: the column that holds their seq, and everything from FROM on."""
-
-    seq: str
-    rows: str
-
-
-def update_query(chosen: Filter, wanted: dict[str, Any]) -> tuple[list[Arm], dict[str, Any]]:
+def update_query(chosen: Filter, wanted: dict[str, Any]) -> tuple[list[tuple[str, str]], dict[str, Any]]:
     """The SELECTs whose union is the seqs of matching updates (none: nothing can match), and their values.
     The most telling condition drives the query: the others are kept from the planner by a unary plus, for
     without statistics it might walk the index of a kind that most rows have. Tags drive as one SELECT a
@@ -1273,7 +1280,7 @@ def update_query(chosen: Filter, wanted: dict[str, Any]) -> tuple[list[Arm], dic
             others.append(clause.format(seq=seq, plus="+" if driven else ""))
             driven = driven or "plus" in clause
     wheres = [" AND ".join(filter(None, [driver, *others])) for driver in drivers]
-    return [Arm(seq, f"FROM {table}" + (f" WHERE {where}" if where else "")) for where in wheres], values
+    return [(seq, f"FROM {table}" + (f" WHERE {where}" if where else "")) for where in wheres], values
 
 
 # Literal clauses, the most telling first: no input gets in here.
@@ -1409,8 +1416,8 @@ class Transaction(Queries):
 
     def redact_update(self, seq: int, now: str) -> str:
         """Wipe message and data of an update, leave its seq and a mark, and log that; returns its JSON.
-        The search index is rebuilt from its live entries, for a deleted one stays in it until its segments
-        are merged (seconds at a million updates)."""
+        The search index is merged, for a deleted entry stays in it until then (seconds at a million
+        updates)."""
         body = json.loads(self.update(seq))
         row = self.rows("SELECT task, workstream FROM log WHERE seq = :seq", seq=seq)[0]
         self.unindex_update(seq)
@@ -1546,9 +1553,9 @@ class Store:
         self.read(lambda q: copy_into(q.db, path))
 
     def write(self, operation: Callable[[Transaction], Any]) -> Any:
-        """Run an operation in the writer's next transaction; returns its result once that is on disk.
-        Whatever it raises undoes it alone. Problem (unavailable): nothing was stored. Only the writer
-        gives an operation up: a time-out here could answer 503 for something that is stored."""
+        """Run an operation in the writer's next transaction; returns its result once that is on disk. What
+        it raises undoes it alone. Only the writer gives it up: a time-out here might follow what is
+        stored."""
         pending = types.SimpleNamespace(operation=operation, done=threading.Event(), result=None, error=None)
         with self._gate:
             if self._closed:
@@ -1611,6 +1618,10 @@ class Store:
                 self._signal.wait()
                 self._signal.clear()
                 continue
+            gathered = 0
+            while gathered < len(self._waiting) < BATCH_OPERATIONS:
+                gathered = len(self._waiting)
+                time.sleep(0)  # who is about to write shall share this transaction
             batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), BATCH_OPERATIONS))]
             frames = self._in_writer(self._commit, batch)
             if frames:
@@ -1802,14 +1813,12 @@ MAX_STREAMS = 2000
 
 
 class Broadcaster:
-    """The newest frames in a ring bounded by bytes, shared by all readers at the tail, and their wake-up.
-    There is no queue per reader: so nothing is dropped, replay and live have no seam, and a reader that
-    does not read costs the batch it holds."""
+    """The newest frames in a ring bounded by bytes, and the readers' wake-up. There is no queue per
+    reader: nothing is dropped, replay and live have no seam, a stuck reader costs the batch it holds."""
 
     def __init__(self):
-        self.head = 0
+        self.head = self.streams = 0
         self.closed = False
-        self.streams = 0
         self._frames: list[Frame] = []
         self._seqs: list[int] = []
         self._bytes = 0
@@ -1913,14 +1922,10 @@ class Cursor(NamedTuple):
 def place_cursor(given: str | None, stream: str | None, head: sqlite3.Row) -> Cursor:
     """Read the cursor of a client. Never an error: one that cannot be honoured resets to what is possible,
     for EventSource gives up for good on any status but 200."""
-    if given is None:
-        return Cursor(head["seq"], False)
-    if stream is not None and stream != head["stream"]:
-        return Cursor(head["seq"], False, "other_stream")
-    if not re.fullmatch(r"[0-9]{1,19}", given, re.ASCII):
-        return Cursor(head["seq"], False, "unknown")
-    if int(given) > head["seq"]:
-        return Cursor(head["seq"], False, "ahead")
+    known = given is not None and re.fullmatch(r"[0-9]{1,19}", given, re.ASCII)
+    if given is None or not known or stream not in (None, head["stream"]) or int(given) > head["seq"]:
+        reason = "other_stream" if stream not in (None, head["stream"]) else "ahead" if known else "unknown"
+        return Cursor(head["seq"], False, None if given is None else reason)
     if int(given) < head["pruned"]:
         return Cursor(int(given), False, "pruned")
     return Cursor(int(given), True)
@@ -1962,6 +1967,12 @@ def retry_line() -> bytes:
     return b"retry: %d\n" % random.randint(1000, 3000)
 
 
+@functools.lru_cache(maxsize=1)
+def joined(encode: Callable[[Frame], bytes], frames: tuple[Frame, ...]) -> bytes:
+    """Frames as they are written: the readers at the tail all get the same."""
+    return b"".join([encode(frame) for frame in frames])
+
+
 def stream_bytes(style: StreamFormat, start: Cursor, head: sqlite3.Row, batches: Iterable) -> Iterator[bytes]:
     """Write a stream: hello, reset where one is due, then batch by batch, with checkpoints and heartbeats."""
     hello = {"stream": head["stream"], "seq": head["seq"], "resumed": start.resumed}
@@ -1973,7 +1984,7 @@ def stream_bytes(style: StreamFormat, start: Cursor, head: sqlite3.Row, batches:
     seen = told = cursor = start.seq
     written = time.monotonic()
     for frames, cursor in batches:
-        chunk = b"".join([style.frame(frame) for frame in frames])
+        chunk = joined(style.frame, tuple(frames)) if frames else b""
         told = frames[-1].seq if frames else told
         quiet = cursor == seen or time.monotonic() - written > QUIET_SECONDS
         if cursor - told >= CHECKPOINT_ROWS or (quiet and cursor > told):
@@ -2037,13 +2048,9 @@ class Monitor:
                         pass
             time.sleep(3600)
 
-    def private(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """Cleaned fields with what looks like a secret masked, unless MONITOR_REDACT is off."""
-        return redact(fields) if self.config.redact else fields
-
     def columns(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Cleaned fields as column values, masked; metadata is kept as text."""
-        values = self.private(fields)
+        values = redact(fields) if self.config.redact else fields
         return values | ({"metadata": dump(values["metadata"])} if "metadata" in values else {})
 
     def close(self) -> None:
@@ -2084,7 +2091,7 @@ class Monitor:
         idempotency key the same that was `sent` before is not."""
         sent = fields if sent is None else sent
         digest = hashlib.sha256(json.dumps(sent, sort_keys=True).encode()).digest() if key else b""
-        fields = self.private(fields)
+        fields = redact(fields) if self.config.redact else fields
 
         def operation(t: Transaction) -> tuple[str, bool]:
             now = datetime.datetime.now(datetime.UTC)
@@ -2111,9 +2118,8 @@ class Monitor:
             time.sleep(0.5)
 
     def prune(self, before: str, data_only: bool, seconds: float = 1.0) -> tuple[int, int]:
-        """Remove updates older than `before`, or only their data, for about some seconds, in small
-        batches. Returns how many went and how many are left to go; the space is given back with the last
-        of them."""
+        """Remove updates older than `before`, or only their data, in small batches for about some seconds;
+        returns how many went and how many are left. The space is given back with the last of them."""
         deadline, done, count = time.monotonic() + seconds, 0, 1
         while count and time.monotonic() < deadline:
             count = self.store.write(lambda t: t.prune(before, data_only))
@@ -2195,20 +2201,13 @@ def host_allowed(host: str | None, config: Config) -> bool:
     return bool(found) and (found[1] or found[2]) in (*LOOPBACK_NAMES, *bound, *config.allowed_hosts)
 
 
-def foreign_site(headers: Any, host: str, safe: bool) -> bool:
+def foreign_site(environ: Any, host: str, safe: bool) -> bool:
     """Whether a browser sent this for another web site. Other clients send none of these headers."""
-    site, origin = headers.get("Sec-Fetch-Site"), headers.get("Origin")
-    followed_link = safe and headers.get("Sec-Fetch-Mode") == "navigate"
+    site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
+    followed_link = safe and environ.get("HTTP_SEC_FETCH_MODE") == "navigate"
     if site not in (None, "same-origin", "none") and not followed_link:
         return True
     return origin is not None and origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower())
-
-
-def token_valid(header: str | None, tokens: tuple[bytes, ...]) -> bool:
-    """Whether an Authorization header carries one of the tokens."""
-    scheme, _, token = (header or "").partition(" ")
-    given = token.strip().encode("latin-1", "replace")
-    return scheme.lower() == "bearer" and match_token(given, tokens) is not None
 
 
 def match_token(given: bytes, tokens: tuple[bytes, ...]) -> bytes | None:
@@ -2269,10 +2268,11 @@ def guard():
     host = request.environ.get("HTTP_HOST")
     if not host_allowed(host, config):
         raise Problem("forbidden", "this server does not answer to that host name; see MONITOR_ALLOWED_HOSTS")
-    if foreign_site(request.headers, host, request.method in SAFE_METHODS):
+    if foreign_site(request.environ, host, request.method in SAFE_METHODS):
         raise Problem("forbidden", "requests from another web site are refused")
-    bearer = request.headers.get("Authorization")
-    if not token_needed(config) or token_valid(bearer, config.tokens) or logged_in():
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    bearer = token.strip().encode("latin-1", "replace") if scheme.lower() == "bearer" else b""
+    if not token_needed(config) or match_token(bearer, config.tokens) or logged_in():
         return None
     if wants_page() and request.method in SAFE_METHODS:
         return flask.redirect("/login?next=" + quoted(request.full_path.rstrip("?")), 303)
@@ -2764,9 +2764,8 @@ SEND_BUFFER = 64 * 1024  # a client that never reads holds 0.24 MB in the kernel
 
 
 def listen(host: str, port: int):
-    """A listening socket whose accepted sockets inherit what pywsgi leaves out; Problem without one.
-    TCP_NODELAY: without it every kept-alive request takes 44 ms. TCP_USER_TIMEOUT: a peer that stops
-    reading would block a writer for ever."""
+    """A listening socket; accepted ones inherit TCP_NODELAY (without it every kept-alive request takes 44
+    ms) and TCP_USER_TIMEOUT (else a peer that stops reading blocks a writer for ever)."""
     import socket
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -3458,10 +3457,9 @@ class Story:
             fields = clean({"source": "manual"} | step | {"task_id": task_id}, NEW_UPDATE)
             self.monitor.add_update(fields, moment=moment)
         else:
-            adapters = {"claude": lambda: agent_draft("claude", step["payload"])}
-            adapters["github"] = lambda: github_draft(step["payload"], step["headers"])
-            draft = adapters[does]()
-            if draft.keep or does == "github":
+            payload, headers = step["payload"], step.get("headers")
+            draft = github_draft(payload, headers) if headers else agent_draft("claude", payload)
+            if draft.keep or headers:
                 self.monitor.add_update(draft_fields(task_id, draft), moment=moment)
 
     def tell_live(self, steps: list[dict[str, Any]], speed: float) -> None:
