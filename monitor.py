@@ -3018,7 +3018,8 @@ def on_signals(with_gevent: bool) -> threading.Event:
     if with_gevent:
         from gevent import signal_handler as handle
     for number in (signal.SIGINT, signal.SIGTERM):
-        handle(number, lambda *_: stopping.set())
+        # In a thread of its own: this one may hold the event's lock in the very moment of the signal.
+        handle(number, lambda *_: threading.Thread(target=stopping.set).start())
     return stopping
 
 
