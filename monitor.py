@@ -531,10 +531,8 @@ def tables() -> types.SimpleNamespace:
         rows |= {
             name: re.sub("<(?:script|error)>", lambda m: marks[m[0]], "|".join(rows[name])) for name in rows
         }
-    found["secret_marks"] = {*SECRET_WORDS, "authorization"} | {row["mark"] for row in found["secrets"]} - {
-        ""
-    }
-    found["secrets"] = [(row["mark"], re.compile(row["pattern"])) for row in found["secrets"]]
+    found["secrets"] = [(row["marks"].split(), re.compile(row["pattern"])) for row in found["secrets"]]
+    found["secret_marks"] = {"authorization", *(mark for marks, _ in found["secrets"] for mark in marks)}
     return types.SimpleNamespace(**found | {"secret_name": re.compile(found["secret_name"])})
 
 
@@ -548,14 +546,11 @@ def table(text):
     return rows
 
 
-SECRET_WORDS = ("pass", "secret", "key", "token")
-
-
 def redact_text(text: str) -> str:
     """Mask what looks like a secret in a text."""
     lowered = text.lower()
-    for mark, pattern in tables().secrets:
-        if mark in lowered if mark else any(word in lowered for word in SECRET_WORDS):
+    for marks, pattern in tables().secrets:
+        if any(map(lowered.__contains__, marks)):
             text = pattern.sub(lambda found: found.expand(MASKED[found.re.groups]), text)
     return text
 
