@@ -2994,8 +2994,8 @@ def run_server(config: Config, access_log: bool, ready: Callable[[Monitor, str, 
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
     host = f"[{host}]" if ":" in host.strip("[]") and host[0] != "[" else host
     ready(served, f"http://{host}:{listener.getsockname()[1]}", with_gevent)
-    while not stopping.wait(3600):
-        pass
+    while not stopping.wait(0.2):
+        pass  # not one long wait: a signal that another thread took would not end it
     served.broadcaster.close()
     stop()
     served.close()
