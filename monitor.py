@@ -1598,13 +1598,17 @@ class Store:
             self._closed = True
         self._signal.set()
         self._thread.join()
-        for db in self._readers:
-            db.close()
-        self.checkpoint()
-        self._db.close()
-        os.close(self._lock)
+        # Where the writer's connection is used: closing it under another thread's hands is a crash.
+        self._in_writer(self._release)
         if self._folder:
             self._folder.cleanup()
+
+    def _release(self) -> None:
+        while self._readers:
+            self._readers.pop().close()
+        self._checkpoint()
+        self._db.close()
+        os.close(self._lock)
 
     def _write_waiting(self) -> None:
         """The writer's loop: everything that waits goes into one transaction and one fsync."""

@@ -36,7 +36,8 @@ def serving(kind: type[Server], database: Path | str, *options: str, **settings:
     running = kind(database, *options, **settings)
     try:
         yield running
-        assert running.process.poll() is not None or running.stop() == 0
+        status = 0 if running.process.poll() is not None else running.stop()
+        assert status == 0, f"ended with {status}: {running.output}"
         assert "Traceback" not in running.output
     finally:
         if running.process.poll() is None:

@@ -12,6 +12,7 @@ import signal
 import sqlite3
 import stat
 import subprocess
+import sys
 import threading
 import time
 import unicodedata
@@ -19,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import Server, clean_environment, wait_until
+from conftest import ROOT, Server, clean_environment, wait_until
 
 import monitor
 
@@ -485,6 +486,42 @@ def test_closing_waits_for_what_was_begun(path):
         closing.result(5)
         assert waiting.result(5)["seq"] == 3
     assert execute(path, "SELECT seq FROM head") == [(3,)]
+
+
+CLOSED_IN_USE = """
+import sys
+if sys.argv[2] == "gevent":
+    from gevent import monkey
+    monkey.patch_all()
+import random, threading, time
+import monitor
+
+def use(store):
+    try:
+        while True:
+            store.free_pages()
+            time.sleep(0.0005)
+    except monitor.Problem:
+        pass
+
+for number in range(40):
+    store = monitor.Store(f"{sys.argv[1]}/{number}.db")
+    users = [threading.Thread(target=use, args=(store,)) for _ in range(2)]
+    for user in users:
+        user.start()
+    time.sleep(random.random() * 0.01)
+    store.close()
+    for user in users:
+        user.join()
+"""
+
+
+@pytest.mark.parametrize("concurrency", ["threads", "gevent"])
+def test_closing_while_pages_are_freed_is_no_crash(tmp_path, concurrency):
+    """A connection closed in one thread while another one used it was a segmentation fault."""
+    command = [sys.executable, "-c", CLOSED_IN_USE, str(tmp_path), concurrency]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 # --- lists of updates -----------------------------------------------------------------------------------
