@@ -496,7 +496,6 @@ WORKSTREAM_QUERY = fields("include_archived")
 TASK_QUERY = fields("workstream_id status include_hidden include_archived q")
 STREAM_FILTER = fields("task_id workstream_id source kind level tag")
 UPDATE_QUERY = STREAM_FILTER | fields("q after_seq before_seq since until order limit total")
-PAGE_QUERY = fields("before_seq q")
 
 
 def clean(payload: Any, fields: Fields) -> dict[str, Any]:
@@ -2290,6 +2289,7 @@ PAGE_HEADERS = {
         "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     ),
 }
+ERROR_HEADERS = {503: {"Retry-After": "2"}, 408: {"Connection": "close"}, 413: {"Connection": "close"}}
 MEDIA_TYPES = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 PAGE_ROWS = 100
 
@@ -2346,19 +2346,15 @@ def query(fields: Fields) -> dict[str, Any]:
     return clean(given | ({"tag": args.getlist("tag")} if "tag" in given else {}), fields)
 
 
-def path_reference(text: str) -> str:
-    """A reference from a path, checked; what can name nothing is not found."""
+def read_path() -> None:
+    """Check the reference or seq in a path, for its handler; what can name nothing is not found."""
+    named = flask.request.view_args or {}
+    if not re.fullmatch(r"[0-9]{1,18}", named.get("seq", "0"), re.ASCII):
+        raise Problem("not_found", f"no update {named['seq'][:60]!r}")
     try:
-        return reference_field().check(text, "id")
+        named |= {"reference": REFERENCE.check(named["reference"], "id")} if "reference" in named else {}
     except Problem:
-        raise Problem("not_found", f"no such id: {text[:60]!r}") from None
-
-
-def path_seq(text: str) -> int:
-    """The seq in a path; what is none is not found."""
-    if not re.fullmatch(r"[0-9]{1,18}", text, re.ASCII):
-        raise Problem("not_found", f"no update {text[:60]!r}")
-    return int(text)
+        raise Problem("not_found", f"no such id: {named['reference'][:60]!r}") from None
 
 
 def idempotency_key() -> str | None:
@@ -2376,27 +2372,26 @@ def health():
     return answer('{"status":"ok"}')
 
 
-def create_one(kind: Kind):
-    """Make a workstream or task."""
-    return answer(monitor().create(kind, json_body()), 201)
+def kind_routes(kind: Kind, read: Callable[[Queries, dict[str, Any]], list[dict[str, Any]]], wanted: Fields):
+    """The routes of the API that make, list, show and change workstreams or tasks."""
 
+    def list_all():
+        """Those that the query asks for."""
+        asked = query(wanted)
+        found = monitor().store.read(lambda q: read(q, asked))
+        return items([dump(each) for each in found], len(found))
 
-def change_one(kind: Kind, reference: str):
-    """Change a workstream or task."""
-    return answer(monitor().change(kind, path_reference(reference), json_body()))
+    def show_one(reference: str):
+        """One of them."""
+        return answer(monitor().store.read_here(lambda q: dump(kind.make(q.one(kind, reference)))))
 
+    def change_one(reference: str):
+        """Change one of them."""
+        return answer(monitor().change(kind, reference, json_body()))
 
-def show_one(kind: Kind, reference: str):
-    """One workstream or task."""
-    named = path_reference(reference)
-    return answer(monitor().store.read_here(lambda q: dump(kind.make(q.one(kind, named)))))
-
-
-def list_all(read: Callable[[Queries, dict[str, Any]], list[dict[str, Any]]], fields: Fields):
-    """A list of objects for a cleaned query."""
-    wanted = query(fields)
-    found = monitor().store.read(lambda q: read(q, wanted))
-    return items([dump(each) for each in found], len(found))
+    place, one = f"/api/{kind.table}", f"/api/{kind.table}/<reference>"
+    create_one = ("POST", place, lambda: answer(monitor().create(kind, json_body()), 201))
+    return create_one, ("GET", place, list_all), ("GET", one, show_one), ("PATCH", one, change_one)
 
 
 def store_update(fields: dict[str, Any], sent: dict[str, Any]):
@@ -2432,8 +2427,7 @@ def list_updates():
 
 def get_update(seq: str):
     """One update."""
-    number = path_seq(seq)
-    return answer(monitor().store.read_here(lambda q: q.update(number)))
+    return answer(monitor().store.read_here(lambda q: q.update(int(seq))))
 
 
 def stream():
@@ -2466,15 +2460,13 @@ def stream():
 
 def send_backup():
     """The database, as it is at this moment, as a file."""
-    folder = tempfile.TemporaryDirectory(prefix="monitor-backup-")
-    name = os.path.join(folder.name, "monitor.db")
-    monitor().store.backup(name)
-    file = open(name, "rb")  # noqa: SIM115 (the response closes it)
+    with tempfile.TemporaryDirectory(prefix="monitor-backup-") as folder:
+        monitor().store.backup(os.path.join(folder, "monitor.db"))
+        file = open(os.path.join(folder, "monitor.db"), "rb")  # noqa: SIM115 (the response closes it)
     chunks = iter(lambda: file.read(256 * 1024), b"")
     response = flask.Response(chunks, mimetype="application/vnd.sqlite3")
+    response.content_length = os.fstat(file.fileno()).st_size
     response.call_on_close(file.close)
-    response.content_length = os.path.getsize(name)
-    response.call_on_close(folder.cleanup)
     return response
 
 
@@ -2532,20 +2524,20 @@ def page(template: str, status: int = 200, **values: Any):
     return flask.render_template(template, **values), status
 
 
-def dashboard_page():
+def show_page(template: str, read: Callable[[Queries, dict[str, Any]], dict[str, Any]], names: str):
+    """A page of what `read` finds in the database for a query of these names."""
+    wanted = query(fields(names))
+    return page(template, **monitor().store.read(lambda q: read(q, wanted)))
+
+
+def dashboard(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
     """Active workstreams and their tasks, each with its newest update."""
-
-    def read(q: Queries) -> list[dict[str, Any]]:
-        newest = q.newest_of_tasks()
-        groups = {w["id"]: {"workstream": w, "tasks": []} for w in q.workstreams({})}
-        for task in q.tasks({}):
-            last = json.loads(newest[task["id"]]) if task["id"] in newest else None
-            groups[task["workstream_id"]]["tasks"].append(task | {"last": last})
-        return list(groups.values())
-
-    return page(
-        "dashboard.html", groups=monitor().store.read(read), server=flask.request.host_url.rstrip("/")
-    )
+    newest = q.newest_of_tasks()
+    groups = {w["id"]: {"workstream": w, "tasks": []} for w in q.workstreams({})}
+    for task in q.tasks({}):
+        last = json.loads(newest[task["id"]]) if task["id"] in newest else None
+        groups[task["workstream_id"]]["tasks"].append(task | {"last": last})
+    return {"groups": list(groups.values())}
 
 
 def thread(q: Queries, chosen: Filter, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -2559,36 +2551,29 @@ def thread(q: Queries, chosen: Filter, wanted: dict[str, Any]) -> dict[str, Any]
 
 def task_page(reference: str):
     """One task: its forms and its thread, newest first."""
-    named = path_reference(reference)
-    wanted = query(fields("before_seq"))
 
-    def read(q: Queries) -> dict[str, Any]:
-        row = q.one(TASK, named)
+    def read(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
+        row = q.one(TASK, reference)
         chosen = Filter(task=row["number"])
         workstream = WORKSTREAM.make(q.one(WORKSTREAM, row["workstream_id"]))
         found = {"task": TASK.make(row), "workstream": workstream}
         found |= {"workstreams": q.workstreams({}), "total": q.updates(chosen, {"limit": 1})[1]}
         return found | thread(q, chosen, wanted)
 
-    return page("task.html", **monitor().store.read(read))
+    return show_page("task.html", read, "before_seq")
 
 
-def stream_page():
+def whole_thread(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
     """The newest updates over all tasks, newest first."""
-    wanted = query(PAGE_QUERY)
-
-    def read(q: Queries) -> dict[str, Any]:
-        found = thread(q, EVERYTHING, wanted)
-        tasks = {task["id"]: task for task in q.tasks({"include_hidden": True, "include_archived": True})}
-        for update in found["updates"]:
-            update["task"] = tasks.get(update["task_id"])
-        return found
-
-    return page("stream.html", query=wanted.get("q", ""), **monitor().store.read(read))
+    found = thread(q, EVERYTHING, wanted)
+    tasks = {task["id"]: task for task in q.tasks({"include_hidden": True, "include_archived": True})}
+    for update in found["updates"]:
+        update["task"] = tasks.get(update["task_id"])
+    return found | {"query": wanted.get("q", "")}
 
 
-def form(fields: Iterable[str]) -> dict[str, str]:
-    """The named fields of a posted form, those that were filled in."""
+def form(fields: Iterable[str], blanks: bool = True) -> dict[str, Any]:
+    """The named fields of a posted form, those that were filled in; also blank ones, if wanted."""
     from urllib.parse import parse_qsl
 
     if flask.request.mimetype != "application/x-www-form-urlencoded":
@@ -2597,70 +2582,51 @@ def form(fields: Iterable[str]) -> dict[str, str]:
         pairs = parse_qsl(read_body().decode(), True, max_num_fields=100, errors="strict")
     except ValueError:
         raise invalid("the form is not UTF-8 text, or has too many fields") from None
-    return {name: text.replace("\r\n", "\n") for name, text in pairs if name in fields}
+    given = {name: text for name, text in pairs if name in fields and (blanks or text.strip())}
+    posted: dict[str, Any] = {name: QueryText(text.replace("\r\n", "\n")) for name, text in given.items()}
+    return posted | ({"tags": split_list(posted["tags"])} if "tags" in posted else {})
 
 
-def create_task_form():
-    """The dashboard's form for a new task."""
-    task = json.loads(monitor().create(TASK, form(["workstream_id", "name"])))
-    return flask.redirect(f"/tasks/{task['id']}", 303)
-
-
-def change_task_form(reference: str):
-    """The task page's forms for name, status, summary, workstream and hiding."""
-    changes: dict[str, Any] = form(TASK_CHANGES)
-    if "hidden" in changes:
-        changes["hidden"] = changes["hidden"] == "true"
-    task = json.loads(monitor().change(TASK, path_reference(reference), changes))
-    return flask.redirect(f"/tasks/{task['id']}", 303)
+def see_other(place: str, stored: str):
+    """Go on to the page of what a form has stored."""
+    return flask.redirect(place.format(**json.loads(stored)), 303)
 
 
 def add_update_form(reference: str):
     """The task page's form for an update."""
-    posted: dict[str, Any] = {name: text for name, text in form(MANUAL_UPDATE).items() if text.strip()}
-    posted |= {"task_id": path_reference(reference)} | (
-        {"tags": split_list(posted["tags"])} if "tags" in posted else {}
-    )
-    update = json.loads(monitor().add_update(clean(posted, MANUAL_UPDATE) | {"source": "manual"})[0])
-    return flask.redirect(f"/tasks/{update['task_id']}#u{update['seq']}", 303)
+    posted = form(MANUAL_UPDATE, blanks=False) | {"task_id": reference}
+    body, _ = monitor().add_update(clean(posted, MANUAL_UPDATE) | {"source": "manual"})
+    return see_other("/tasks/{task_id}#u{seq}", body)
+
+
+def change_task_form(reference: str):
+    """The task page's forms for name, status, summary, workstream and hiding."""
+    return see_other("/tasks/{id}", monitor().change(TASK, reference, form(TASK_CHANGES)))
 
 
 def static_file(name: str):
     """A file of static/, with an ETag."""
     media_type = MEDIA_TYPES.get(name.rpartition(".")[2])
-    if media_type is None or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
-        raise Problem("not_found", f"no such file: {name[:60]!r}")
-    try:
-        response = flask.Response(asset("static", name), mimetype=media_type)
-    except FileNotFoundError:
-        raise Problem("not_found", f"no such file: {name[:60]!r}") from None
-    response.add_etag()
-    response.headers["Cache-Control"] = "no-cache"
-    return response.make_conditional(flask.request)
-
-
-def create_workstream_form():
-    """The dashboard's form for a new workstream."""
-    return monitor().create(WORKSTREAM, form(["name"])) and flask.redirect("/dashboard", 303)
+    if media_type and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
+        with contextlib.suppress(FileNotFoundError):
+            response = flask.Response(asset("static", name), mimetype=media_type)
+            response.add_etag()
+            response.headers["Cache-Control"] = "no-cache"
+            return response.make_conditional(flask.request)
+    raise Problem("not_found", f"no such file: {name[:60]!r}")
 
 
 ROUTES = (  # an answer of one expression stands here
     ("GET", "/health", health),
-    ("POST", "/api/workstreams", lambda: create_one(WORKSTREAM)),
-    ("GET", "/api/workstreams", lambda: list_all(Queries.workstreams, WORKSTREAM_QUERY)),
-    ("GET", "/api/workstreams/<reference>", lambda reference: show_one(WORKSTREAM, reference)),
-    ("PATCH", "/api/workstreams/<reference>", lambda reference: change_one(WORKSTREAM, reference)),
-    ("POST", "/api/tasks", lambda: create_one(TASK)),
-    ("GET", "/api/tasks", lambda: list_all(Queries.tasks, TASK_QUERY)),
-    ("GET", "/api/tasks/<reference>", lambda reference: show_one(TASK, reference)),
-    ("PATCH", "/api/tasks/<reference>", lambda reference: change_one(TASK, reference)),
+    *kind_routes(WORKSTREAM, Queries.workstreams, WORKSTREAM_QUERY),
+    *kind_routes(TASK, Queries.tasks, TASK_QUERY),
     ("POST", "/api/updates", lambda: post_update(NEW_UPDATE)),
     ("POST", "/api/updates/manual", lambda: post_update(MANUAL_UPDATE, source="manual")),
     ("POST", "/api/updates/claude-hook", post_claude_hook),
     ("POST", "/api/updates/github-webhook", post_github_webhook),
     ("GET", "/api/updates", list_updates),
     ("GET", "/api/updates/<seq>", get_update),
-    ("POST", "/api/updates/<seq>/redact", lambda seq: answer(monitor().redact_update(path_seq(seq)))),
+    ("POST", "/api/updates/<seq>/redact", lambda seq: answer(monitor().redact_update(int(seq)))),
     ("GET", "/api/stream", stream),
     ("GET", "/api/admin/backup", send_backup),
     ("GET", "/api/admin/check", lambda: answer(dump({"problems": monitor().store.read(Queries.check)}))),
@@ -2669,19 +2635,40 @@ ROUTES = (  # an answer of one expression stands here
     ("POST", "/login", log_in),
     ("POST", "/logout", log_out),
     ("GET", "/", lambda: flask.redirect("/dashboard", 303)),
-    ("GET", "/dashboard", dashboard_page),
+    ("GET", "/dashboard", lambda: show_page("dashboard.html", dashboard, "")),
     ("GET", "/tasks/<reference>", task_page),
-    ("GET", "/stream", stream_page),
-    ("POST", "/workstreams", create_workstream_form),
-    ("POST", "/tasks", create_task_form),
+    ("GET", "/stream", lambda: show_page("stream.html", whole_thread, "before_seq q")),
+    ("POST", "/workstreams", lambda: see_other("/dashboard", monitor().create(WORKSTREAM, form(["name"])))),
+    (
+        "POST",
+        "/tasks",
+        lambda: see_other("/tasks/{id}", monitor().create(TASK, form(["workstream_id", "name"]))),
+    ),
     ("POST", "/tasks/<reference>", change_task_form),
     ("POST", "/tasks/<reference>/updates", add_update_form),
     ("GET", "/static/<name>", static_file),
 )
 
 
-def show_problem(problem: Problem):
-    """A Problem as JSON, or as a page where a browser asked for one."""
+def problem_of(error: Exception) -> Problem:
+    """Any error as a Problem. What Flask refuses has a code; all else is a fault of ours: its trace goes to
+    the log, one sentence to the client."""
+    from werkzeug.exceptions import HTTPException
+
+    if isinstance(error, Problem):
+        return error
+    if not isinstance(error, HTTPException):
+        flask.current_app.logger.exception("unexpected error")
+        return Problem("internal_error", "something went wrong in the server; its log says what")
+    codes = {status: code for code, status in STATUS_OF.items() if code != "internal_error"}
+    messages = {404: f"no such path: {flask.request.path[:200]}", 405: "this path does not take that method"}
+    message = messages.get(error.code, error.description or error.name)
+    return Problem(codes.get(error.code, "invalid_input"), message)
+
+
+def show_error(error: Exception):
+    """An error as JSON, or as a page where a browser asked for one."""
+    problem = problem_of(error)
     if wants_page():
         title = problem.code.replace("_", " ").capitalize()
         # Not by page(): whether somebody is logged in stands in the database, which may be the trouble.
@@ -2690,31 +2677,10 @@ def show_problem(problem: Problem):
         response = flask.make_response(shown, problem.status)
     else:
         response = answer(dump(problem.body()), problem.status)
-    if problem.status == 503:
-        response.headers["Retry-After"] = "2"
-    if problem.status in (408, 413):
-        response.headers["Connection"] = "close"
+    response.headers.update(ERROR_HEADERS.get(problem.status, {}))
+    if methods := getattr(error, "valid_methods", None):
+        response.headers["Allow"] = ", ".join(sorted(methods))
     return response
-
-
-def show_http_error(error):
-    """What Flask itself refuses, in the same shape."""
-    codes = {status: code for code, status in STATUS_OF.items() if code != "internal_error"}
-    messages = {404: f"no such path: {flask.request.path[:200]}", 405: "this path does not take that method"}
-    message = messages.get(error.code, error.description or error.name)
-    problem = Problem(codes.get(error.code, "invalid_input"), message)
-    if error.code and error.code < 400:
-        return error
-    response = show_problem(problem)
-    if error.code == 405 and error.valid_methods:
-        response.headers["Allow"] = ", ".join(sorted(error.valid_methods))
-    return response
-
-
-def show_fault(error: Exception):
-    """A fault of ours: the trace goes to the log, one sentence to the client."""
-    flask.current_app.logger.exception("unexpected error")
-    return show_problem(Problem("internal_error", "something went wrong in the server; its log says what"))
 
 
 def age(moment: str) -> str:
@@ -2729,19 +2695,17 @@ def age(moment: str) -> str:
 def create_app(config: Config | None = None):
     """Make the Flask app. It opens no database: `flask --app monitor` runs this for every command."""
     import jinja2
-    import werkzeug.exceptions
 
     app = flask.Flask("monitor", static_folder=None, template_folder=None)
     app.jinja_loader = jinja2.FunctionLoader(lambda name: asset("templates", name).decode())
     app.jinja_env.filters |= {"age": age}
     app.extensions["monitor"] = Monitor(config or Config.load())
     app.before_request(guard)
+    app.before_request(read_path)
     app.after_request(lambda response: response.headers.extend(PAGE_HEADERS) or response)
     for method, rule, handler in ROUTES:
         app.add_url_rule(rule, f"{method} {rule}".replace(".", " "), handler, methods=[method])
-    app.register_error_handler(Problem, show_problem)
-    app.register_error_handler(werkzeug.exceptions.HTTPException, show_http_error)
-    app.register_error_handler(Exception, show_fault)
+    app.register_error_handler(Exception, show_error)
     for name, command in cli.commands.items():
         if name not in ("run", "shell", "routes"):
             app.cli.add_command(command, name)
