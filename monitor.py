@@ -236,8 +236,6 @@ def parse_database(text: str) -> str | None:
 MAX_BODY = 1024 * 1024
 MAX_WEBHOOK = 25 * 1024 * 1024
 MAX_DEPTH = 64
-MAX_NAME = 500
-MAX_MESSAGE = 64 * 1024
 MAX_INTEGER = 2**63 - 1
 
 
@@ -263,15 +261,14 @@ def parse_json(raw: bytes) -> Any:
     try:
         text = raw.decode("utf-8")
         value = DECODER.decode(text)
-        too_deep = text.count("[") + text.count("{") > MAX_DEPTH and deeper_than(value, MAX_DEPTH)
+        if text.count("[") + text.count("{") > MAX_DEPTH and deeper_than(value, MAX_DEPTH):
+            raise RecursionError
     except UnicodeDecodeError:
         raise invalid("the body is not UTF-8") from None
     except RecursionError:
-        too_deep = True
+        raise invalid(f"the body is nested deeper than {MAX_DEPTH} levels") from None
     except ValueError as error:
         raise invalid(f"the body is not JSON: {error}") from None
-    if too_deep:
-        raise invalid(f"the body is nested deeper than {MAX_DEPTH} levels")
     if "\\u" in text and re.search(r"\\u(0000|[dD][89a-fA-F])", text):
         check_strings(value)
     return value
@@ -328,20 +325,30 @@ class Field(NamedTuple):
     text: str = ""
 
 
+class QueryText(str):
+    """A value from a query string or form: there `true` is a boolean's only spelling."""
+
+
 def wrong(name: str, sentence: str) -> Problem:
     """The Problem of a field: `name` and what it must be."""
     return invalid(f"{name} must {sentence}", name)
 
 
-def field_of(kind: type, word: str, required: bool = False) -> Field:
-    """A field of a JSON type; of `object` any value (parse_json has refused what cannot be stored)."""
+def field_from(read: Callable[[Any], Any], sentence: str, schema: dict[str, Any]) -> Field:
+    """A field that `read` makes its value of; None says that it is not what it must be."""
 
     def check(value: Any, name: str) -> Any:
-        if not isinstance(value, kind):
-            raise wrong(name, f"be {word}")
-        return value
+        if (found := read(value)) is None:
+            raise wrong(name, sentence)
+        return found
 
-    return Field(check, {"type": word.split()[-1]} if word else {}, required)
+    return Field(check, schema)
+
+
+def field_of(kind: type, word: str) -> Field:
+    """A field of a JSON type; of `object` any value (parse_json has refused what cannot be stored)."""
+    schema = {"type": word.split()[-1]} if word else {}
+    return field_from(lambda value: value if isinstance(value, kind) else None, f"be {word}", schema)
 
 
 def text_field(limit: int, required: bool = False, empty: bool = False) -> Field:
@@ -356,33 +363,25 @@ def text_field(limit: int, required: bool = False, empty: bool = False) -> Field
             raise wrong(name, "not be empty")
         return check_text(value, name)
 
-    return Field(
-        check, {"type": "string", "maxLength": limit} | ({} if empty else {"minLength": 1}), required
-    )
+    length = {"maxLength": limit} | ({} if empty else {"minLength": 1})
+    return Field(check, {"type": "string"} | length, required)
 
 
-def choice_field(*choices: str) -> Field:
+def choice_field(*words: str) -> Field:
     """One of a few words."""
-
-    def check(value: Any, name: str) -> str:
-        if not isinstance(value, str) or value not in choices:
-            raise wrong(name, f"be one of {', '.join(choices)}")
-        return value
-
-    return Field(check, {"enum": list(choices)})
+    sentence = f"be one of {', '.join(words)}"
+    return field_from(lambda value: value if value in words else None, sentence, {"enum": list(words)})
 
 
 def flag_field() -> Field:
     """A JSON boolean; in a query `true` or `false`."""
+    flags = {"true": True, "1": True, "false": False, "0": False}
 
-    def check(value: Any, name: str) -> bool:
-        if isinstance(value, QueryText):
-            value = {"true": True, "1": True, "false": False, "0": False}.get(value.lower())
-        if not isinstance(value, bool):
-            raise wrong(name, "be true or false")
-        return value
+    def read(value: Any) -> bool | None:
+        value = flags.get(value.lower()) if isinstance(value, QueryText) else value
+        return value if isinstance(value, bool) else None
 
-    return Field(check, {"type": "boolean"})
+    return field_from(read, "be true or false", {"type": "boolean"})
 
 
 def tags_field(most: int = 100, limit: int = 200) -> Field:
@@ -397,94 +396,67 @@ def tags_field(most: int = 100, limit: int = 200) -> Field:
     return Field(check, {"type": "array", "items": entry.schema, "maxItems": most})
 
 
-def reference_field(required: bool = False) -> Field:
+def reference_field() -> Field:
     """What names a task or workstream: a UUID, a task's number, or 4 or more first digits of a UUID."""
 
-    def check(value: Any, name: str) -> str:
-        if not isinstance(value, str) or not re.fullmatch(r"[0-9]{1,18}|[0-9a-fA-F-]{4,36}", value):
-            raise wrong(name, "be a string: an id, a number, or 4 or more first digits of an id")
-        return value.lower()
+    def read(value: Any) -> str | None:
+        fits = isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}|[0-9a-fA-F-]{4,36}", value)
+        return value.lower() if fits else None
 
-    return Field(check, {"type": "string"}, required)
+    sentence = "be a string: an id, a number, or 4 or more first digits of an id"
+    return field_from(read, sentence, {"type": "string"})
 
 
 def number_field(least: int = 0, most: int = MAX_INTEGER) -> Field:
     """A whole number in a query; what lies outside `least`..`most` is clamped."""
 
-    def check(value: str, name: str) -> int:
-        if not re.fullmatch(r"-?[0-9]{1,40}" if least else r"[0-9]{1,40}", value, re.ASCII):
-            raise wrong(name, "be a whole number")
-        return min(max(int(value), least), most)
+    def read(value: str) -> int | None:
+        fits = re.fullmatch(r"-?[0-9]{1,40}" if least else r"[0-9]{1,40}", value, re.ASCII)
+        return min(max(int(value), least), most) if fits else None
 
-    return Field(check, {"type": "integer", "minimum": least})
+    return field_from(read, "be a whole number", {"type": "integer", "minimum": least})
 
 
 def time_field() -> Field:
     """An RFC 3339 time in a query (UTC where it names no zone), normalised to sort as text."""
 
-    def check(value: str, name: str) -> str:
-        try:
+    def read(value: str) -> str | None:
+        with contextlib.suppress(ValueError, OverflowError):
             moment = datetime.datetime.fromisoformat(value)
             return timestamp(moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC))
-        except (ValueError, OverflowError):
-            raise wrong(name, "be a time such as 2026-01-31T09:30:00Z") from None
 
-    return Field(check, {"type": "string", "format": "date-time"})
-
-
-class QueryText(str):
-    """A value from a query string: there `true` is a boolean's only spelling."""
+    sentence = "be a time such as 2026-01-31T09:30:00Z"
+    return field_from(read, sentence, {"type": "string", "format": "date-time"})
 
 
 Fields = dict[str, Field]
 
-LEVELS = ("info", "warn", "error")
-TASK_STATUSES = ("active", "blocked", "done", "cancelled")
-WORKSTREAM_STATUSES = ("active", "archived")
-
-REFERENCE, WORD, ANY = reference_field(), text_field(200), field_of(object, "")
+FIELD_KINDS = {
+    "any": lambda: field_of(object, ""),
+    "choice": lambda words: choice_field(*words),
+    "flag": flag_field,
+    "number": number_field,
+    "object": lambda: field_of(dict, "an object"),
+    "reference": reference_field,
+    "tags": tags_field,
+    "text": text_field,
+    "time": time_field,
+}
 FIELDS = {  # what a field takes, and what it is for
-    "after_seq": (number_field(), "Only what came after it."),
-    "before_seq": (number_field(), "Only what came before it."),
-    "data": (ANY, "Any JSON to keep with it."),
-    "data_only": (flag_field(), "Drop the data, keep the sentences."),
-    "dry_run": (flag_field(), "Only say how many updates it would touch."),
-    "headers": (field_of(dict, "an object"), "The request's headers."),
-    "hidden": (flag_field(), "Keep it out of lists, or bring it back."),
-    "include_archived": (flag_field(), "Archived ones too."),
-    "include_hidden": (flag_field(), "Hidden ones too."),
-    "kind": (WORD, "What sort of update it is, as decision or status_note."),
-    "level": (choice_field(*LEVELS), "How much it matters."),
-    "limit": (number_field(least=1, most=200), "How many at most (50)."),
-    "message": (text_field(MAX_MESSAGE), "What there is to say."),
-    "metadata": (ANY, "Any JSON to keep with it."),
-    "name": (text_field(MAX_NAME), "Its name."),
-    "older_than": (text_field(10), "Age of what goes, as 30d, 12h or 45m."),
-    "order": (choice_field("asc", "desc"), "By seq."),
-    "payload": (ANY, "What the agent or service sent."),
-    "q": (text_field(1000, empty=True), "Words that must all be in it."),
-    "since": (time_field(), "Only from this time on."),
-    "source": (WORD, "Who says so."),
-    "status": (choice_field(*TASK_STATUSES), "Its status."),
-    "summary_source": (WORD, "Who says so (manual)."),
-    "summary_text": (text_field(MAX_MESSAGE, empty=True), 'How it stands, in a sentence; "" clears it.'),
-    "tag": (tags_field(), "One of its tags; any of several."),
-    "tags": (tags_field(), "Tags, comma separated."),
-    "task_id": (REFERENCE, "The task: its number, its id or the first digits of that."),
-    "total": (flag_field(), "false leaves out how many there are in all."),
-    "until": (time_field(), "Only before this time."),
-    "workstream_id": (REFERENCE, "The workstream: its id or the first digits of that."),
+    name: FIELD_KINDS[kind](**limits)._replace(text=text)
+    for name, (kind, limits, text) in json.loads(asset("templates", "fields.json")).items()
 }
 
 
 def fields(names: str) -> Fields:
     """The field table of a body or query; a name with `!` must be there."""
-    rows = [(name.rstrip("!"), name.endswith("!"), *FIELDS[name.rstrip("!")]) for name in names.split()]
-    return {name: field._replace(required=required, text=text) for name, required, field, text in rows}
+    return {
+        name.rstrip("!"): FIELDS[name.rstrip("!")]._replace(required="!" in name) for name in names.split()
+    }
 
 
 NEW_WORKSTREAM = fields("name! metadata")
-WORKSTREAM_CHANGES = fields("name status metadata") | {"status": choice_field(*WORKSTREAM_STATUSES)}
+WORKSTREAM_CHANGES = fields("name status metadata") | {"status": FIELDS["workstream_status"]}
 NEW_TASK = fields("workstream_id! name! metadata")
 TASK_CHANGES = fields("name workstream_id status summary_text summary_source hidden metadata")
 MANUAL_UPDATE = fields("task_id! message! level kind tags data")
@@ -2352,7 +2324,9 @@ def read_path() -> None:
     if not re.fullmatch(r"[0-9]{1,18}", named.get("seq", "0"), re.ASCII):
         raise Problem("not_found", f"no update {named['seq'][:60]!r}")
     try:
-        named |= {"reference": REFERENCE.check(named["reference"], "id")} if "reference" in named else {}
+        named |= (
+            {"reference": FIELDS["task_id"].check(named["reference"], "id")} if "reference" in named else {}
+        )
     except Problem:
         raise Problem("not_found", f"no such id: {named['reference'][:60]!r}") from None
 
@@ -3176,7 +3150,7 @@ def field_option(name: str, field: Field, in_query: bool) -> click.Option:
         settings |= {"type": json_value, "metavar": "JSON"}
     elif name.endswith("_id"):
         settings["metavar"] = "ID"
-    return click.Option([option, name], help=field.text or FIELDS[name][1], **settings)
+    return click.Option([option, name], help=field.text, **settings)
 
 
 def api_command(group: click.Group, name: str, method: str, place: str, fields: Fields, text: str) -> None:
