@@ -2331,19 +2331,10 @@ def read_path() -> None:
         raise Problem("not_found", f"no such id: {named['reference'][:60]!r}") from None
 
 
-def idempotency_key() -> str | None:
-    """The Idempotency-Key header; Problem (invalid_input) when it is not 1 to 200 printable characters."""
-    key = flask.request.headers.get("Idempotency-Key")
-    if key is not None and not re.fullmatch(r"[\x20-\x7e]{1,200}", key):
-        raise invalid("Idempotency-Key must be 1 to 200 printable ASCII characters")
-    return key
-
-
 def health():
     """Whether the server answers; with full=1, how it is."""
-    if flask.request.args.get("full"):
-        return answer(dump(monitor().health()))
-    return answer('{"status":"ok"}')
+    full = flask.request.args.get("full")
+    return answer(dump(monitor().health() if full else {"status": "ok"}))
 
 
 def kind_routes(kind: Kind, read: Callable[[Queries, dict[str, Any]], list[dict[str, Any]]], wanted: Fields):
@@ -2368,40 +2359,34 @@ def kind_routes(kind: Kind, read: Callable[[Queries, dict[str, Any]], list[dict[
     return create_one, ("GET", place, list_all), ("GET", one, show_one), ("PATCH", one, change_one)
 
 
-def store_update(fields: dict[str, Any], sent: dict[str, Any]):
-    """Store an update and answer 201, or 200 when its idempotency key has been seen with the same body."""
-    body, created = monitor().add_update(fields, idempotency_key(), sent)
+def post_update(
+    wanted: Fields, draft: Callable[[dict], Draft] | None = None, limit: int = MAX_BODY, **own: str
+):
+    """Store an update, or the one that `draft` makes of a payload; `own` are fields that no client sets.
+    201, or 200 when its idempotency key has been seen with the same body."""
+    posted = clean(json_body(limit), wanted) | own
+    key = flask.request.headers.get("Idempotency-Key")
+    if key is not None and not re.fullmatch(r"[\x20-\x7e]{1,200}", key):
+        raise invalid("Idempotency-Key must be 1 to 200 printable ASCII characters")
+    made = draft_fields(posted["task_id"], draft(posted)) if draft else posted
+    body, created = monitor().add_update(made, key, posted)
     return answer(body, 201 if created else 200)
 
 
-def post_update(fields: Fields, **own: str):
-    """Store an update; `own` are the fields that the client may not set."""
-    posted = clean(json_body(), fields) | own
-    return store_update(posted, posted)
+def claude_draft(posted: dict[str, Any]) -> Draft:
+    """The update of a Claude Code hook payload."""
+    return agent_draft("claude", posted["payload"])
 
 
-def post_claude_hook():
-    """Store a Claude Code hook payload as an update of a named task."""
-    posted = clean(json_body(), CLAUDE_HOOK)
-    return store_update(draft_fields(posted["task_id"], agent_draft("claude", posted["payload"])), posted)
-
-
-def post_github_webhook():
-    """Store a GitHub webhook payload as an update of a named task."""
-    posted = clean(json_body(MAX_WEBHOOK), GITHUB_WEBHOOK)
-    draft = github_draft(posted["payload"], posted.get("headers"))
-    return store_update(draft_fields(posted["task_id"], draft), posted)
+def webhook_draft(posted: dict[str, Any]) -> Draft:
+    """The update of a GitHub webhook payload."""
+    return github_draft(posted["payload"], posted.get("headers"))
 
 
 def list_updates():
     """One page of updates."""
     wanted = query(UPDATE_QUERY)
     return items(*monitor().store.read(lambda q: q.updates(q.filter(wanted), wanted)))
-
-
-def get_update(seq: str):
-    """One update."""
-    return answer(monitor().store.read_here(lambda q: q.update(int(seq))))
 
 
 def stream():
@@ -2596,10 +2581,14 @@ ROUTES = (  # an answer of one expression stands here
     *kind_routes(TASK, Queries.tasks, TASK_QUERY),
     ("POST", "/api/updates", lambda: post_update(NEW_UPDATE)),
     ("POST", "/api/updates/manual", lambda: post_update(MANUAL_UPDATE, source="manual")),
-    ("POST", "/api/updates/claude-hook", post_claude_hook),
-    ("POST", "/api/updates/github-webhook", post_github_webhook),
+    ("POST", "/api/updates/claude-hook", lambda: post_update(CLAUDE_HOOK, claude_draft)),
+    ("POST", "/api/updates/github-webhook", lambda: post_update(GITHUB_WEBHOOK, webhook_draft, MAX_WEBHOOK)),
     ("GET", "/api/updates", list_updates),
-    ("GET", "/api/updates/<seq>", get_update),
+    (
+        "GET",
+        "/api/updates/<seq>",
+        lambda seq: answer(monitor().store.read_here(lambda q: q.update(int(seq)))),
+    ),
     ("POST", "/api/updates/<seq>/redact", lambda seq: answer(monitor().redact_update(int(seq)))),
     ("GET", "/api/stream", stream),
     ("GET", "/api/admin/backup", send_backup),
@@ -2996,23 +2985,17 @@ def remember(context: click.Context, parameter: click.Parameter, value: Any) -> 
         context.meta[f"monitor.{parameter.name}"] = value
 
 
-def global_options() -> list[click.Option]:
-    """The options that every command takes, before or after its name."""
-    keep = {"expose_value": False, "callback": remember}
-    options = [
-        click.Option(["--" + name.removeprefix("MONITOR_").lower()], help=f"{text} [{name}]", **keep)
-        for name, _, text in CLIENT_SETTINGS
-    ]
-    quiet = {"is_flag": True, "help": "Print nothing; keep the exit status."}
-    return [*options, click.Option(["--quiet", "--silent"], **quiet, **keep)]
-
-
-class Command(click.Command):
-    """A command that takes the global options too, and tells a Problem as a Failure."""
+class GlobalOptions:
+    """What commands and groups have in common: the global options, and a Problem told as a Failure."""
 
     def __init__(self, *arguments: Any, **settings: Any):
         super().__init__(*arguments, **settings)
-        self.params += global_options()
+        keep = {"expose_value": False, "callback": remember}
+        for name, _, text in CLIENT_SETTINGS:
+            option = "--" + name.removeprefix("MONITOR_").lower()
+            self.params.append(click.Option([option], help=f"{text} [{name}]", **keep))
+        quiet = {"is_flag": True, "help": "Print nothing; keep the exit status."}
+        self.params.append(click.Option(["--quiet", "--silent"], **quiet, **keep))
 
     def invoke(self, context: click.Context) -> Any:
         """Run it."""
@@ -3022,15 +3005,15 @@ class Command(click.Command):
             raise Failure(problem.message, EXIT_CODES.get(problem.code, 1)) from None
 
 
-class Group(click.Group):
+class Command(GlobalOptions, click.Command):
+    """A command; the global options may stand behind its name."""
+
+
+class Group(GlobalOptions, click.Group):
     """A group of such commands; the global options may stand before the command."""
 
     command_class = Command
     group_class = type
-
-    def __init__(self, *arguments: Any, **settings: Any):
-        super().__init__(*arguments, **settings)
-        self.params += global_options()
 
 
 class Client:
@@ -3229,13 +3212,10 @@ def update_redact(seq: int, file: str | None) -> None:
         show(server.call("POST", path("updates", str(seq), "redact"), seconds=LONG_SECONDS), "id", "seq")
 
 
-@contextlib.contextmanager
-def progress_bar(length: int, label: str) -> Iterator[Any]:
+def progress_bar(length: int, label: str):
     """A progress bar on standard error, silent unless that is a terminal."""
     silent = click.get_current_context().meta.get(QUIET) or not sys.stderr.isatty()
-    with open(os.devnull, "w") if silent else contextlib.nullcontext(sys.stderr) as file:
-        with click.progressbar(length=length, label=label, file=file) as bar:
-            yield bar
+    return click.progressbar(length=length, label=label, file=sys.stderr, hidden=silent)
 
 
 @cli.command()
@@ -3319,34 +3299,23 @@ def serve(access_log: bool, **settings: str | None) -> None:
     run_server(Config.load({name.upper(): value for name, value in settings.items()}), access_log, announce)
 
 
-def announce(served: Monitor, address: str, with_gevent: bool) -> None:
+def announce(served: Monitor, address: str, with_gevent: bool, demo: bool = False) -> None:
     """Say where the server is, what it works on, and the next thing to type."""
-    if "--quiet" in sys.argv or "--silent" in sys.argv:
-        return
-    config, wide = served.config, served.config.host not in LOOPBACK_NAMES
-    who = {
-        (True, "relaxed"): "reads are open, writes need a token",
-        (True, "strict"): "everything needs a token",
-        (False, "relaxed"): f"anyone {'who reaches it' if wide else 'on this machine'} may read and write",
-        (False, "strict"): "nothing will be answered until MONITOR_API_TOKENS is set",
-    }[bool(config.tokens), config.auth_mode]
-    database = served.store.path + ("" if config.database else "  (temporary: removed at exit)")
+    import jinja2
+
     name = os.path.basename(sys.argv[0])
-    program = "monitor" if name in ("monitor", "monitor-cli") else f"python {sys.argv[0]}"
-    where = "" if address == CLIENT_SETTINGS[0].default else f" --server {address}"
-    lines = [
-        f"Monitor {__version__} at {address}",
-        f"  database  {database}",
-        f"  auth      {config.auth_mode}: {who}",
-        f"  server    {'gevent' if with_gevent else 'threads'}",
-    ]
-    if config.database:
-        lines.append(f'  next      open {address}, or type: {program} workstream create "My project"{where}')
-    if wide and config.auth_mode != "strict":
-        writes = "" if config.tokens else ", and write and change it"
-        lines.append(f"  warning   other machines may read everything here without a token{writes}")
-    click.echo("\n".join(lines))
-    sys.stdout.flush()
+    facts = {
+        "version": __version__,
+        "path": served.store.path,
+        "server": "gevent" if with_gevent else "threads",
+        "wide": served.config.host not in LOOPBACK_NAMES,
+        "program": "monitor" if name in ("monitor", "monitor-cli") else f"python {sys.argv[0]}",
+        "where": "" if address == CLIENT_SETTINGS[0].default else f" --server {address}",
+    }
+    text = jinja2.Template(asset("templates", "serve.txt").decode(), trim_blocks=True)
+    if not {"--quiet", "--silent"} & set(sys.argv):
+        click.echo(text.render(facts, address=address, config=served.config, demo=demo), nl=False)
+        sys.stdout.flush()
 
 
 @cli.command()
@@ -3364,9 +3333,7 @@ def demo(bind: str, speed: float) -> None:
         with click.progressbar(past, label="Loading the story", file=sys.stderr) as steps:
             for step in steps:
                 story.tell(step)
-        announce(served, address, with_gevent)
-        click.echo(f"  demo      open {address} and watch: the story goes on for two minutes; Ctrl-C ends it")
-        sys.stdout.flush()
+        announce(served, address, with_gevent, demo=True)
         live = [line for line in lines if line["at"] > 0]
         threading.Thread(target=story.tell_live, args=(live, speed), daemon=True).start()
 
@@ -3381,24 +3348,20 @@ class Story:
 
     def tell(self, step: dict[str, Any]) -> None:
         """Do one step; an update of the past is stored with its own time."""
-        task_id, does = self.ids.get(step.get("task")), step["do"]
+        step |= {name: self.ids[step[name]] for name in ("task_id", "workstream_id") if name in step}
         past = datetime.datetime.fromtimestamp(self.start + step["at"], datetime.UTC)
-        moment = timestamp(past) if step["at"] <= 0 else None
-        if does == "workstream":
-            self.ids[step["key"]] = json.loads(self.monitor.create(WORKSTREAM, step, moment))["id"]
-        elif does == "task":
-            body = step | {"workstream_id": self.ids[step["workstream"]]}
-            self.ids[step["key"]] = json.loads(self.monitor.create(TASK, body, moment))["id"]
+        moment, does = timestamp(past) if step["at"] <= 0 else None, step["do"]
+        if does in ("workstream", "task"):
+            made = self.monitor.create(TASK if does == "task" else WORKSTREAM, step, moment)
+            self.ids[step["key"]] = json.loads(made)["id"]
         elif does == "patch":
-            self.monitor.change(TASK, task_id, step, moment)
+            self.monitor.change(TASK, step["task_id"], step, moment)
         elif does == "update":
-            fields = clean({"source": "manual"} | step | {"task_id": task_id}, NEW_UPDATE)
-            self.monitor.add_update(fields, moment=moment)
+            self.monitor.add_update(clean(step, NEW_UPDATE), moment=moment)
         else:
-            payload, headers = step["payload"], step.get("headers")
-            draft = github_draft(payload, headers) if headers else agent_draft("claude", payload)
-            if draft.keep or headers:
-                self.monitor.add_update(draft_fields(task_id, draft), moment=moment)
+            draft = claude_draft(step) if does == "claude" else webhook_draft(step)
+            if draft.keep or does == "github":
+                self.monitor.add_update(draft_fields(step["task_id"], draft), moment=moment)
 
     def tell_live(self, steps: list[dict[str, Any]], speed: float) -> None:
         """Do the steps that lie ahead, each at its time, until the server shuts down."""
