@@ -2321,14 +2321,15 @@ def query(fields: Fields) -> dict[str, Any]:
 def read_path() -> None:
     """Check the reference or seq in a path, for its handler; what can name nothing is not found."""
     named = flask.request.view_args or {}
-    if not re.fullmatch(r"[0-9]{1,18}", named.get("seq", "0"), re.ASCII):
-        raise Problem("not_found", f"no update {named['seq'][:60]!r}")
-    try:
-        named |= (
-            {"reference": FIELDS["task_id"].check(named["reference"], "id")} if "reference" in named else {}
-        )
-    except Problem:
-        raise Problem("not_found", f"no such id: {named['reference'][:60]!r}") from None
+    if "seq" in named:
+        if not re.fullmatch(r"[0-9]{1,18}", named["seq"], re.ASCII):
+            raise Problem("not_found", f"no update {named['seq'][:60]!r}")
+        named["seq"] = int(named["seq"])
+    if "reference" in named:
+        try:
+            named["reference"] = FIELDS["task_id"].check(named["reference"], "id")
+        except Problem:
+            raise Problem("not_found", f"no such id: {named['reference'][:60]!r}") from None
 
 
 def health():
@@ -2391,12 +2392,9 @@ def list_updates():
 
 def stream():
     """Follow the log: SSE, or NDJSON; with poll=1 what there is, then the end."""
-    request, broadcaster = flask.request, monitor().broadcaster
-    store = monitor().store
-    wanted = query(STREAM_FILTER)
-    lines = request.args.get("format") == "ndjson" or "application/x-ndjson" in request.headers.get(
-        "Accept", ""
-    )
+    request, broadcaster, store = flask.request, monitor().broadcaster, monitor().store
+    wanted, accepts = query(STREAM_FILTER), request.headers.get("Accept", "")
+    lines = request.args.get("format") == "ndjson" or "application/x-ndjson" in accepts
     style = FORMATS["ndjson" if lines else "sse"]
     names = ("lastEventId", "last_event_id", "after_seq")
     cursors = [request.headers.get("Last-Event-ID"), *(request.args.get(name) for name in names)]
@@ -2410,8 +2408,8 @@ def stream():
         batches = follow(store, broadcaster, start.seq, chosen, request.args.get("poll") in ("1", "true"))
         body = itertools.chain(stream_bytes(style, start, head, batches), farewell(style, broadcaster))
         broadcaster.streams += 1
-    response = flask.Response(body, mimetype=style.mimetype, headers={"X-Accel-Buffering": "no"})
-    response.headers["Cache-Control"] = "no-store"
+    headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-store"}
+    response = flask.Response(body, mimetype=style.mimetype, headers=headers)
     if not full:
         response.call_on_close(broadcaster.leave)
     return response
@@ -2584,12 +2582,8 @@ ROUTES = (  # an answer of one expression stands here
     ("POST", "/api/updates/claude-hook", lambda: post_update(CLAUDE_HOOK, claude_draft)),
     ("POST", "/api/updates/github-webhook", lambda: post_update(GITHUB_WEBHOOK, webhook_draft, MAX_WEBHOOK)),
     ("GET", "/api/updates", list_updates),
-    (
-        "GET",
-        "/api/updates/<seq>",
-        lambda seq: answer(monitor().store.read_here(lambda q: q.update(int(seq)))),
-    ),
-    ("POST", "/api/updates/<seq>/redact", lambda seq: answer(monitor().redact_update(int(seq)))),
+    ("GET", "/api/updates/<seq>", lambda seq: answer(monitor().store.read_here(lambda q: q.update(seq)))),
+    ("POST", "/api/updates/<seq>/redact", lambda seq: answer(monitor().redact_update(seq))),
     ("GET", "/api/stream", stream),
     ("GET", "/api/admin/backup", send_backup),
     ("GET", "/api/admin/check", lambda: answer(dump({"problems": monitor().store.read(Queries.check)}))),
@@ -2601,12 +2595,12 @@ ROUTES = (  # an answer of one expression stands here
     ("GET", "/dashboard", lambda: show_page("dashboard.html", dashboard, "")),
     ("GET", "/tasks/<reference>", task_page),
     ("GET", "/stream", lambda: show_page("stream.html", whole_thread, "before_seq q")),
-    ("POST", "/workstreams", lambda: see_other("/dashboard", monitor().create(WORKSTREAM, form(["name"])))),
     (
         "POST",
-        "/tasks",
-        lambda: see_other("/tasks/{id}", monitor().create(TASK, form(["workstream_id", "name"]))),
+        "/workstreams",
+        lambda: see_other("/dashboard", monitor().create(WORKSTREAM, form(NEW_WORKSTREAM))),
     ),
+    ("POST", "/tasks", lambda: see_other("/tasks/{id}", monitor().create(TASK, form(NEW_TASK)))),
     ("POST", "/tasks/<reference>", change_task_form),
     ("POST", "/tasks/<reference>/updates", add_update_form),
     ("GET", "/static/<name>", static_file),
@@ -2965,13 +2959,17 @@ class Failure(click.ClickException):
 
     def __init__(self, message: str, exit_code: int = 1):
         super().__init__(message)
-        context = click.get_current_context(silent=True)
-        self.exit_code, self.quiet = exit_code, bool(context and context.meta.get(QUIET))
+        self.exit_code = exit_code
 
     def show(self, file=None) -> None:
         """Print the line, unless --quiet was given; only `flask --app monitor` calls this."""
-        if not self.quiet:
+        if not asked_quiet():
             click.echo(f"monitor: {plain(self.message)}", err=True)
+
+
+def asked_quiet() -> bool:
+    """Whether --quiet stands on the command line."""
+    return bool({"--quiet", "--silent"} & set(sys.argv[1:]))
 
 
 def plain(text: str) -> str:
@@ -3313,7 +3311,7 @@ def announce(served: Monitor, address: str, with_gevent: bool, demo: bool = Fals
         "where": "" if address == CLIENT_SETTINGS[0].default else f" --server {address}",
     }
     text = jinja2.Template(asset("templates", "serve.txt").decode(), trim_blocks=True)
-    if not {"--quiet", "--silent"} & set(sys.argv):
+    if not asked_quiet():
         click.echo(text.render(facts, address=address, config=served.config, demo=demo), nl=False)
         sys.stdout.flush()
 
@@ -3373,24 +3371,20 @@ class Story:
 
 def main() -> None:
     """The console script: `monitor` and `monitor-cli`."""
-    quiet = bool({"--quiet", "--silent"} & set(sys.argv[1:]))
     try:
         cli.main(prog_name="monitor", standalone_mode=False)
+        return
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
-        where = f"; see: {context.command_path} --help" if context else ""
-        leave(error.format_message() + where, error.exit_code, quiet)
+        message = error.format_message() + (f"; see: {context.command_path} --help" if context else "")
+        status = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except BrokenPipeError:
         os._exit(1)  # nobody reads on: Python would complain at exit
     except OSError as error:
-        leave(f"cannot write: {error.strerror}", 1, quiet)
-
-
-def leave(message: str, status: int, quiet: bool) -> None:
-    """Leave with one line on standard error."""
-    if not quiet:
+        message, status = f"cannot write: {error.strerror}", 1
+    if not asked_quiet():
         click.echo(f"monitor: {plain(' '.join(message.splitlines()))}", err=True)
     sys.exit(status)
 
