@@ -738,7 +738,6 @@ def changed(p):
 
 AGENT_FACTS = {  # what sentences say that no field holds as it is
     "answer": lambda p: "; ".join(f"{q} -> {a}" for q, a in p["answers"].items()),
-    "begun": lambda p: {"resume": "resumed", "fork": "forked"}.get(dig(p, "source"), "started"),
     "call": lambda p: ": ".join(filter(None, (p["tool"], what(p)))),
     "changed": changed,
     "code": lambda p: re.sub(r"(?s)^(?:Exit code (\d+))?.*", r"\1", dig(p, "error")),
@@ -748,7 +747,6 @@ AGENT_FACTS = {  # what sentences say that no field holds as it is
     "hint": lambda p: pick(p, "message prompt title reason name file_path delta to_model") or what(p),
     "options": lambda p: " / ".join(dig(o) or dig(o, "label") for o in p["options"]),
     "project": lambda p: re.split(r"[/\\]", p["cwd"].rstrip("/\\"))[-1],
-    "question": lambda p: pick(p["asked"], "question prompt"),
     "running": lambda p: f"{(n := len(p['background']))} background task{'s'[: n - 1]} running",
     "notice": lambda p: (re.findall("<summary>([^<]*)", dig(p, "prompt")) or ["Background task ended"])[0],
     "tokens": lambda p: f"{dig(p, 'tool_response', 'totalTokens', kind=int, default=0):,}".removeprefix("0"),
@@ -759,14 +757,23 @@ AGENT_FACTS = {  # what sentences say that no field holds as it is
 }
 
 
+def say(template, value):
+    """Fill a template's {holes} with what `value` makes of them; a <part> with an empty one is left out."""
+    for part in re.findall("<.*?>", template):
+        full = all(map(value, re.findall("{(.*?)}", part)))
+        template = template.replace(part, part[1:-1] if full else "")
+    return re.sub("{(.*?)}", lambda hole: value(hole[1]), template)
+
+
 def agent_say(template, p):
     """`Ended< ({reason})>` filled from the payload: `Ended (logout)`, or `Ended` when it has no reason."""
-    for slot, before, fields, after in re.findall(r"(<([^<>{}]*){([\w.|]+)}([^<>{}]*)>)", template):
-        texts = (AGENT_FACTS[f](p) if f in AGENT_FACTS else dig(p, *f.split(".")) for f in fields.split("|"))
+
+    def value(names):
+        texts = (AGENT_FACTS[f](p) if f in AGENT_FACTS else dig(p, *f.split(".")) for f in names.split("|"))
         text = re.sub(r"(?m)^#+ ", "", next(filter(None, texts), "")[:4000])
-        text = one_line(" ".join(text.split()), 200)
-        template = template.replace(slot, before + text + after if text else "", 1)
-    return template
+        return one_line(" ".join(text.split()), 200)
+
+    return say(template, value)
 
 
 def agent_draft(agent, payload, event=None):
@@ -828,15 +835,12 @@ def github_value(view, paths):
 def github_say(template, view, limit=160):
     """The sentence that a template and the facts make; of a commit only the first digits."""
 
-    def fill(hole):
-        text = one_line(github_value(view, hole[1]), limit)
+    def value(paths):
+        text = one_line(github_value(view, paths.rstrip("~")), limit)
         text = text[:7] if limit < 200 and re.fullmatch("[0-9a-f]{40}", text) else text
-        return text.replace("_", " ") if hole[2] else text
+        return text.replace("_", " ") if paths.endswith("~") else text
 
-    for part in re.findall("<.*?>", template):
-        full = all(github_value(view, paths) != "" for paths in re.findall("{([^~}]*)", part))
-        template = template.replace(part, part[1:-1] if full else "")
-    return " ".join(re.sub("{([^~}]*)(~?)}", fill, template).split())
+    return " ".join(say(template, value).split())
 
 
 def github_place(view):
@@ -3086,11 +3090,6 @@ def show(answered: dict[str, Any], *expected: str) -> None:
         click.echo(json.dumps(answered, indent=2))
 
 
-def path(*parts: str) -> str:
-    """A path of the API from its parts, quoted."""
-    return "/api/" + "/".join(quoted(part) for part in parts)
-
-
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, message="monitor %(version)s")
 def cli() -> None:
@@ -3102,8 +3101,6 @@ def cli() -> None:
     """
 
 
-workstream = cli.group("workstream", help="Make, list and change workstreams.")(lambda: None)
-task = cli.group("task", help="Make, list and change tasks.")(lambda: None)
 update = cli.group("update", help="Add updates to tasks, or wipe one.")(lambda: None)
 OPTION_NAMES = {"summary_text": "--summary", "task_id": "--task", "workstream_id": "--workstream"}
 
@@ -3140,10 +3137,10 @@ def api_command(group: click.Group, name: str, method: str, place: str, fields: 
     expected = ("items", "total") if method == "GET" else ("id",)
 
     def call(**given: Any) -> None:
-        named = [given.pop("id")] if argument == "id" else []
+        target = f"/api/{place}" + (f"/{quoted(given.pop('id'))}" if argument == "id" else "")
         given = {field: value for field, value in given.items() if value is not None}
         sent = {"query": given} if method == "GET" else {"body": given}
-        show(client().call(method, path(*place.split("/"), *named), **sent), *expected)
+        show(client().call(method, target, **sent), *expected)
 
     options = [field_option(field, check, method == "GET") for field, check in fields.items()]
     arguments = [click.Argument([argument], metavar=argument.upper())] if argument else []
@@ -3151,16 +3148,17 @@ def api_command(group: click.Group, name: str, method: str, place: str, fields: 
     group.add_command(Command(name, params=params, callback=call, help=text))
 
 
-for definition in (
-    (workstream, "create", "POST", "workstreams", NEW_WORKSTREAM, "Make a workstream."),
-    (workstream, "list", "GET", "workstreams", WORKSTREAM_QUERY, "List workstreams, oldest first."),
-    (workstream, "update", "PATCH", "workstreams", WORKSTREAM_CHANGES, "Change a workstream."),
-    (task, "create", "POST", "tasks", NEW_TASK, "Make a task."),
-    (task, "list", "GET", "tasks", TASK_QUERY, "List tasks, oldest first."),
-    (task, "update", "PATCH", "tasks", TASK_CHANGES, "Change a task."),
-    (update, "manual", "POST", "updates/manual", MANUAL_UPDATE, "Add a person's update to a task."),
-):
-    api_command(*definition)
+def kind_commands(kind: Kind, wanted: Fields) -> None:
+    """Make the commands that make, list and change workstreams or tasks."""
+    group = cli.group(kind.name, help=f"Make, list and change {kind.table}.")(lambda: None)
+    api_command(group, "create", "POST", kind.table, kind.new, f"Make a {kind.name}.")
+    api_command(group, "list", "GET", kind.table, wanted, f"List {kind.table}, oldest first.")
+    api_command(group, "update", "PATCH", kind.table, kind.changes, f"Change a {kind.name}.")
+
+
+kind_commands(WORKSTREAM, WORKSTREAM_QUERY)
+kind_commands(TASK, TASK_QUERY)
+api_command(update, "manual", "POST", "updates/manual", MANUAL_UPDATE, "Add a person's update to a task.")
 
 
 @contextlib.contextmanager
@@ -3207,7 +3205,7 @@ def update_redact(seq: int, file: str | None) -> None:
     """Wipe message and data of an update that holds something it must not; its number and a mark stay.
     Copies made before, as backups, still hold it."""
     with database(file) as server:
-        show(server.call("POST", path("updates", str(seq), "redact"), seconds=LONG_SECONDS), "id", "seq")
+        show(server.call("POST", f"/api/updates/{seq}/redact", seconds=LONG_SECONDS), "id", "seq")
 
 
 def progress_bar(length: int, label: str):
