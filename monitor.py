@@ -261,7 +261,9 @@ def parse_json(raw: bytes) -> Any:
     try:
         text = raw.decode("utf-8")
         value = DECODER.decode(text)
-        if text.count("[") + text.count("{") > MAX_DEPTH and deeper_than(value, MAX_DEPTH):
+        if text.count("[") + text.count("{") > MAX_DEPTH and any(
+            itertools.islice(nested(value), MAX_DEPTH, None)
+        ):
             raise RecursionError
     except UnicodeDecodeError:
         raise invalid("the body is not UTF-8") from None
@@ -291,22 +293,20 @@ def parse_float(digits: str) -> float:
 DECODER = json.JSONDecoder(parse_int=parse_integer, parse_float=parse_float, parse_constant=parse_float)
 
 
-def deeper_than(value: Any, levels: int) -> bool:
-    """Whether dicts and lists are nested deeper than some levels; without recursion."""
-    level = [value] if isinstance(value, (dict, list)) else []
-    for _ in range(levels):
-        children = (child for node in level for child in (node.values() if isinstance(node, dict) else node))
-        level = [child for child in children if isinstance(child, (dict, list))]
-    return bool(level)
+def nested(value: Any) -> Iterator[list[Any]]:
+    """Yield, level by level, the dicts and lists in a value; without recursion."""
+    level = [value]
+    while level := [node for node in level if isinstance(node, (dict, list))]:
+        yield level
+        level = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
 
 
 def check_strings(value: Any) -> None:
     """Problem (invalid_input) when a string or key at any depth holds NUL or a lone surrogate."""
-    if isinstance(value, str):
-        check_text(value)
-    elif isinstance(value, (dict, list)):
-        for child in [*value, *value.values()] if isinstance(value, dict) else value:
-            check_strings(child)
+    for node in itertools.chain.from_iterable(nested([value])):
+        for text in [*node, *node.values()] if isinstance(node, dict) else node:
+            if isinstance(text, str):
+                check_text(text)
 
 
 def check_text(text: str, field: str | None = None) -> str:
@@ -816,8 +816,6 @@ def session_facts(agent, payload, event=None):
 # leaves out a <part> in which one of them is empty.
 
 
-GITHUB_PENDING = ("requested", "queued", "pending", "in_progress")
-GITHUB_SUBJECTS = ("comment", "review", "thread", "alert", "issue", "hook", "forkee")  # else the first object
 GITHUB_QUEUE = re.compile(r"(?:refs/pull/|gh-readonly-queue/.+/pr-)(\d{1,9})\b")
 
 
@@ -892,8 +890,9 @@ def github_lists(view):
 
 def github_view(event, payload, headers):
     """The payload, its subject under "", and what templates need besides, which hides keys of the payload."""
-    objects = [key for key in (event, *GITHUB_SUBJECTS, *payload) if isinstance(payload.get(key), dict)]
-    subject = next((payload[key] for key in objects if key not in tables().github_frame.split()), {})
+    names = (event, *tables().github_subjects.split(), *payload)
+    keys = (key for key in names if isinstance(payload.get(key), dict))
+    subject = next((payload[key] for key in keys if key not in tables().github_frame.split()), {})
     view = payload | {"": subject, "event": event, "action": one_line(dig(payload, "action"), 100)}
     view |= {name: str(github_value(view, paths)) for name, paths in tables().github_facts.items()}
     view |= github_place(view)
@@ -945,7 +944,11 @@ def github_draft(payload: object, headers: dict | None = None) -> Draft:
     fields = (path.rpartition("=")[::2] for path in tables().github_data.split())
     fields = ((key or paths.rpartition(".")[2], paths) for key, paths in fields)
     data = {key: value for key, paths in fields if (value := github_value(view, paths)) != ""}
-    quiet = view["status"] in GITHUB_PENDING if event in ("workflow_run", "status") else level != "error"
+    quiet = (
+        view["status"] in tables().github_pending.split()
+        if event in ("workflow_run", "status")
+        else level != "error"
+    )
     kind = tables().github_kinds.get(event, "external_update")
     source = f"github:{view['repo'] or 'unknown/unknown'}"
     message = one_line(github_say(sentence, view)) or "GitHub sent an event"
@@ -2987,16 +2990,20 @@ def remember(context: click.Context, parameter: click.Parameter, value: Any) -> 
         context.meta[f"monitor.{parameter.name}"] = value
 
 
+def setting_option(setting: Setting, note: str = "", **more: Any) -> click.Option:
+    """The option of a setting: --bind for MONITOR_BIND."""
+    option = "--" + setting.name.removeprefix("MONITOR_").lower().replace("_", "-")
+    return click.Option([option], help=f"{setting.help} [{setting.name}{note}]", **more)
+
+
 class GlobalOptions:
     """What commands and groups have in common: the global options, and a Problem told as a Failure."""
 
     def __init__(self, *arguments: Any, **settings: Any):
         super().__init__(*arguments, **settings)
         keep = {"expose_value": False, "callback": remember}
-        for name, _, text in CLIENT_SETTINGS:
-            option = "--" + name.removeprefix("MONITOR_").lower()
-            self.params.append(click.Option([option], help=f"{text} [{name}]", **keep))
         quiet = {"is_flag": True, "help": "Print nothing; keep the exit status."}
+        self.params += [setting_option(setting, **keep) for setting in CLIENT_SETTINGS]
         self.params.append(click.Option(["--quiet", "--silent"], **quiet, **keep))
 
     def invoke(self, context: click.Context) -> Any:
@@ -3278,21 +3285,12 @@ def prune(file: str | None, dry_run: bool, **wanted: Any) -> None:
     show({"pruned": done, "left": answered["left"]})
 
 
-def settings_options(function: Callable) -> Callable:
-    """An option for each of SETTINGS: --bind for MONITOR_BIND."""
-    for setting in reversed(SETTINGS):
-        option = "--" + setting.name.removeprefix("MONITOR_").lower().replace("_", "-")
-        text = f"{setting.help} [{setting.name}; {setting.default or 'none'}]"
-        function = click.option(option, setting.name.lower(), help=text)(function)
-    return function
-
-
-@cli.command()
-@settings_options
+@cli.command(params=[setting_option(each, f"; {each.default or 'none'}") for each in SETTINGS])
 @click.option("--access-log", is_flag=True, help="Write a line a request on standard error.")
 def serve(access_log: bool, **settings: str | None) -> None:
     """Serve the API, the stream and the pages until Ctrl-C."""
-    run_server(Config.load({name.upper(): value for name, value in settings.items()}), access_log, announce)
+    config = Config.load({f"MONITOR_{name.upper()}": value for name, value in settings.items()})
+    run_server(config, access_log, announce)
 
 
 def announce(served: Monitor, address: str, with_gevent: bool, demo: bool = False) -> None:
