@@ -1,13 +1,16 @@
-"""How fast Monitor is here: `python tests/bench.py [NAME ...] [--quick] [--million]` prints a Markdown table.
+"""How fast Monitor is here: `python tests/bench.py [NAME ...] [--quick] [--million]` prints a table.
 
 Real servers on temporary databases, asked over real sockets by processes of their own. Beside them, where it
 tells something, a bare Flask app under the very same WSGI server: one route that parses JSON and answers it.
-Whatever is compared runs in turn, A B A B, and the medians count: machines are shared and noisy.
+Whatever is compared runs in turn, A B A B, and the medians count: machines are shared and noisy. One part,
+`soak`, measures no speed: it kills the server under load and counts what was lost or doubled.
 """
 
 from __future__ import annotations
 
 import atexit
+import collections
+import contextlib
 import datetime
 import functools
 import importlib.metadata
@@ -45,9 +48,10 @@ class Scale(NamedTuple):
     burst: int = 2000
     stored: int = 100_000
     posted: tuple[int, ...] = (20_000, 100_000)
+    soak: float = 180  # seconds
 
 
-QUICK = Scale(0.2, 1, 20, 50, 200, 2000, (200, 400))
+QUICK = Scale(0.2, 1, 20, 50, 200, 2000, (200, 400), 20)
 
 
 class Row(NamedTuple):
@@ -407,6 +411,155 @@ def run_time(*arguments: str, **settings: str) -> Times:
     return timed([(time.monotonic() - begin) * 1000], begin)
 
 
+# ----- a soak: nothing acknowledged is lost or doubled, whatever becomes of the server -----
+
+BROKEN = "**broken**"
+TASKS, WRITERS = 4, 4
+WARM = 3000  # updates of 5 KB, after which a server has all its buffers: the largest, of streams, holds 8 MiB
+LEAK = 10  # MB that it may gain from then on
+WATCHERS = (  # query of a stream, seconds that its reader takes for an event, what it must get
+    ("", 0, "TRUE"),
+    ("", 0, "TRUE"),
+    ("", 0.02, "TRUE"),
+    ("level=error", 0, "level = 'error'"),
+    ("task_id=2", 0, "task = 2"),
+    ("task_id=3&tag=a", 0.05, "task = 3 AND seq IN (SELECT seq FROM update_tags WHERE tag = 'a')"),
+    ("source=nobody", 0, "FALSE"),
+)
+
+
+class Lives:
+    """The servers of a soak, one after the other on the same file."""
+
+    def __init__(self, database: Path):
+        self.database, self.shared, self.statuses = database, bench_load.Shared.new(), []
+        self.start()
+
+    def start(self) -> None:
+        """Start the next one."""
+        self.server = Server(self.database)
+        self.shared.port.value = self.server.port
+
+    def end(self, kill: bool) -> None:
+        """End this one; its exit status is -9 after a kill, 0 after a stop, and a fault otherwise."""
+        self.shared.port.value = 0
+        (self.server.kill if kill else self.server.stop)()
+        self.statuses.append(self.server.process.returncode)
+
+    def go_on(self, seconds: float) -> None:
+        """Let the clients work for a while."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            count = self.shared.posted.value
+            tell(f"soak: server {len(self.statuses) + 1}, {count:,} updates acknowledged ...")
+            time.sleep(min(left, 0.2))
+
+    def health(self) -> dict[str, Any]:
+        """What this one says of itself."""
+        return self.server.ask(get("/health?full=1"))
+
+
+class Played(NamedTuple):
+    """What a soak leaves besides its database."""
+
+    statuses: list[int]  # with which the servers ended
+    written: list[bench_load.Written]
+    seen: list[bench_load.Seen]
+    warm: float  # MB of the last server at work
+    cold: float  # and when all clients are gone
+    streams: int  # that it still counted then
+
+
+def play(database: Path, seconds: float) -> Played:
+    """Keep writers and readers at work while servers come and go. The last lives two fifths of the time."""
+    lives, begin = Lives(database), time.monotonic()
+    shared = lives.shared
+    try:
+        tasks = [lives.server.new_task() for _ in range(TASKS)]
+        writers = [apart(bench_load.write_through, shared, f"writer {n}", tasks) for n in range(WRITERS)]
+        readers = [apart(bench_load.read_through, shared, query, pause) for query, pause, _ in WATCHERS]
+        while time.monotonic() < begin + seconds * 0.6:
+            lives.go_on(random.uniform(0, seconds / 15))
+            lives.end(kill=random.random() < 0.8)
+            lives.start()
+        begun = shared.posted.value
+        lives.go_on(seconds * 0.2)
+        while shared.posted.value < begun + WARM and time.monotonic() < begin + seconds + 60:
+            lives.go_on(1)
+        warm = lives.server.memory()
+        lives.go_on(seconds * 0.2)
+        shared.stop.set()
+        written = [finish() for finish in writers]
+        lives.go_on(1)  # what was given up may be on its way
+        shared.goal.value = lives.health()["seq"]
+        seen = [finish() for finish in readers]
+        while (streams := lives.health()["streams"]) and time.monotonic() < begin + seconds + 60:
+            lives.go_on(1)  # a stream without events is found dead by its second sign of life
+        cold = lives.server.memory()
+        lives.end(kill=False)
+    finally:
+        lives.server.process.kill()  # after a fault; one that has ended feels nothing
+    return Played(lives.statuses, written, seen, warm, cold, streams)
+
+
+def promise(*failures: Any) -> str:
+    """What became of a promise that any of these would break."""
+    return BROKEN if any(failures) else "kept"
+
+
+@bench
+def soak(scale: Scale) -> Rows:
+    """Clients that never give up, and a server that is killed now and then."""
+    with tempfile.TemporaryDirectory(prefix="monitor-bench-") as folder:
+        database = Path(folder) / "monitor.db"
+        played = play(database, scale.soak)
+        ends = collections.Counter(played.statuses)
+        odd = len(played.statuses) - ends[-9] - ends[0]
+        text = f"{ends[-9]} ended by kill -9, {ends[0]} stopped, {odd} ended otherwise"
+        yield Row(f"soak, {scale.soak:.0f} s: servers on one file", text, reach=promise(odd))
+        with contextlib.closing(sqlite3.connect(database)) as db:
+            yield from written_rows(db, played.written)
+            yield from seen_rows(db, played.seen)
+            (found,) = db.execute("PRAGMA integrity_check").fetchone()
+        command = [sys.executable, str(bench_load.ROOT / "monitor.py"), "check", "--db", str(database)]
+        checked = subprocess.run(command, env=bench_load.environment(), capture_output=True, check=False)
+    name, text = "soak: integrity_check; exit status of monitor check", f"{found}; {checked.returncode}"
+    yield Row(name, text, reach=promise(found != "ok", checked.returncode))
+    gain, text = played.cold - played.warm, f"{played.cold:.1f} MB, {played.streams} streams"
+    reach = promise(gain > LEAK, played.streams)
+    beside = f"at work {played.warm:.1f} MB"
+    yield Row("soak: memory, all clients gone", text, beside, f"{gain:+.1f} MB", reach)
+
+
+def written_rows(db: sqlite3.Connection, written: list[bench_load.Written]) -> Rows:
+    """What became of the updates of the writers, whose message is their key."""
+    stored = db.execute("SELECT message, seq FROM update_messages").fetchall()
+    acknowledged = {pair for writer in written for pair in writer.acknowledged.items()}
+    lost, twice = len(acknowledged - {*stored}), len(stored) - len({key for key, _ in stored})
+    retries, given_up = (sum(getattr(some, name) for some in written) for name in ("retries", "given_up"))
+    text = f"{len(acknowledged):,}, {lost} lost"
+    yield Row("soak: updates acknowledged", text, f"{retries} retries", reach=promise(lost))
+    text = f"{len(stored):,}, {twice} twice"
+    yield Row("soak: updates stored", text, f"{given_up} given up", reach=promise(twice))
+    keys = db.execute("SELECT key, seq FROM idempotency_keys").fetchall()
+    others, changed = len({*keys} ^ {*stored}), sum(writer.changed for writer in written)
+    text = f"{len(keys):,}, {others} of another update, {changed} answered in two ways"
+    yield Row("soak: Idempotency-Keys", text, reach=promise(others, changed))
+
+
+def seen_rows(db: sqlite3.Connection, seen: list[bench_load.Seen]) -> Rows:
+    """What each reader got of what it had to get."""
+    for (query, pause, clause), reader in zip(WATCHERS, seen, strict=True):
+        sql = f"SELECT seq, message FROM updates JOIN update_messages USING (seq) WHERE {clause}"
+        due, got = {*db.execute(sql)}, {*reader.updates}
+        twice = len(reader.updates) - len(got)
+        falls = sum(one >= other for (one, _), (other, _) in itertools.pairwise(reader.updates))
+        text = f"{len(due & got):,} of {len(due):,}, {len(got - due)} others, {twice} twice, {falls} late"
+        beside = f"{reader.connections} connections, {reader.resets} resets"
+        name = f"soak: {'slow ' if pause else ''}reader of {query or 'everything'}"
+        yield Row(name, text, beside, reach=promise(due ^ got, twice, falls, reader.resets))
+
+
 # ----- the program -----
 
 
@@ -428,16 +581,20 @@ def tell(text: str) -> None:
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--quick", is_flag=True, help="Everything small: tries the program, measures little.")
 @click.option("--million", is_flag=True, help="Queries and pages at 1,000,000 updates instead of 100,000.")
+@click.option("--minutes", type=float, help="How long the soak is; 3 by default.")
 @click.option("--bare-server", is_flag=True, hidden=True)
-def main(names: tuple[str, ...], quick: bool, million: bool, bare_server: bool) -> None:
-    """Measure Monitor on this machine; without names everything."""
+def main(
+    names: tuple[str, ...], quick: bool, million: bool, minutes: float | None, bare_server: bool
+) -> None:
+    """Measure Monitor on this machine; without names everything. Fails when the soak breaks a promise."""
     if bare_server:
         return bench_load.serve_bare()
     if unknown := set(names) - BENCHES.keys():
         raise click.UsageError(f"no bench {', '.join(unknown)}; there are: {', '.join(BENCHES)}")
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    scale = (QUICK if quick else Scale())._replace(**{"stored": 1_000_000} if million else {})
+    wanted = ({"stored": 1_000_000} if million else {}) | ({"soak": minutes * 60} if minutes else {})
+    scale, broken = (QUICK if quick else Scale())._replace(**wanted), False
     click.echo(f"{machine()}{' (quick: too short to judge by)' if quick else ''}\n")
     click.echo("| what | measured | beside it (baseline) | ratio | reach |\n|---|---|---|---|---|")
     for name in names or BENCHES:
@@ -445,8 +602,10 @@ def main(names: tuple[str, ...], quick: bool, million: bool, bare_server: bool) 
         for row in BENCHES[name](scale):
             tell("")
             click.echo(f"| {' | '.join(map(str, row))} |")
+            broken |= row.reach == BROKEN
             tell(f"{name} ...")
     tell("")
+    sys.exit(broken)
 
 
 if __name__ == "__main__":

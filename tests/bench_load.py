@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import http.client
+import itertools
 import json
 import multiprocessing
 import os
+import random
 import re
 import select
 import socket
@@ -67,6 +70,12 @@ class Server:
     def stop(self) -> None:
         """End it."""
         self.process.terminate()
+        self.process.wait(30)
+        self.process.stdout.close()
+
+    def kill(self) -> None:
+        """End it as a crash does: kill -9."""
+        self.process.kill()
         self.process.wait(30)
         self.process.stdout.close()
 
@@ -266,3 +275,143 @@ def follow_streams(pipe: Any, port: int, count: int, query: str) -> None:
 def sent_times(data: bytes) -> list[float]:
     """When the updates in a piece of a stream were sent; a thousand readers get the same piece."""
     return [int(found) / 1e6 for found in SENT_AT.findall(data)]
+
+
+# ----- the clients of a soak: they outlive the server -----
+
+STUCK_SECONDS = 60  # a client that waits longer ends the soak
+
+
+class Shared(NamedTuple):
+    """What the processes of a soak tell each other."""
+
+    port: Any  # the server's; 0 while there is none, for the kernel may connect a client to its own free port
+    posted: Any  # how many updates were acknowledged
+    stop: Any  # an event: writers end
+    goal: Any  # readers end at this seq; 0 while it is not known
+
+    @classmethod
+    def new(cls) -> Shared:
+        """Before anything has begun."""
+        return cls(FORK.Value("i", 0), FORK.Value("q", 0), FORK.Event(), FORK.Value("q", 0))
+
+    def connect(self) -> socket.socket:
+        """A connection to the server of this moment, or to the next one."""
+        deadline = time.monotonic() + STUCK_SECONDS
+        while not self.port.value:
+            if time.monotonic() > deadline:
+                raise RuntimeError("no server came back")
+            time.sleep(0.02)
+        return connect(self.port.value)
+
+
+class Line(http.client.HTTPConnection):
+    """A connection that opens itself, whenever it is used, to the server of that moment or the next one."""
+
+    def __init__(self, shared: Shared):
+        super().__init__("127.0.0.1")
+        self.connect = lambda: setattr(self, "sock", shared.connect())
+
+
+class Written:
+    """What a writer knows of its updates."""
+
+    def __init__(self):
+        self.acknowledged: dict[str, int] = {}  # key: seq
+        self.given_up = self.retries = self.changed = 0
+
+
+def write_through(shared: Shared, name: str, tasks: list[str]) -> Written:
+    """Post updates in bursts until told to stop, each under a key of its own. A few are given up on the way:
+    they may be stored, once. A few are sent again after their answer, which must be the same."""
+    written, line, pick = Written(), Line(shared), random.Random(name)
+    for number in itertools.count():
+        key, way = f"{name}, {number}", pick.choices(("once", "again", "given up"), (96, 2, 2))[0]
+        fields = {"task_id": pick.choice(tasks), "message": key, "tags": pick.sample("abcd", 2)}
+        fields["level"] = pick.choices(("info", "error"), (9, 1))[0]
+        fields["data"] = "x" * int(16_000 * pick.random() ** 2)
+        if way == "given up":
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                send(line, key, fields)
+            line.close()
+            written.given_up += 1
+        else:
+            written.acknowledged[key] = persist(line, key, fields, written)
+        if way == "again":
+            written.changed += persist(line, key, fields, written) != written.acknowledged[key]
+        with shared.posted.get_lock():
+            shared.posted.value += way != "given up"
+        if shared.stop.wait(pick.choices((0, 0.01, 0.5), (50, 50, 1))[0]):
+            return written
+
+
+def send(line: Line, key: str, fields: dict[str, Any]) -> None:
+    """Send an update under its key."""
+    headers = {"Content-Type": "application/json", "Idempotency-Key": key}
+    line.request("POST", "/api/updates/manual", json.dumps(fields), headers)
+
+
+def persist(line: Line, key: str, fields: dict[str, Any], written: Written) -> int:
+    """Send an update, again and again, until it is acknowledged; returns its seq."""
+    deadline = time.monotonic() + STUCK_SECONDS
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            send(line, key, fields)
+            answer = line.getresponse()
+            body = json.loads(answer.read())
+            if answer.status in (200, 201):
+                return body["seq"]
+            if answer.status != 503:
+                raise RuntimeError(f"{key} was answered {answer.status}: {body}")
+        written.retries += 1
+        line.close()
+        time.sleep(0.05)
+    raise RuntimeError(f"{key} was not acknowledged in {STUCK_SECONDS} s")
+
+
+class Seen(NamedTuple):
+    """What a reader of a soak got: (seq, message) of each update as it came; and how it fared."""
+
+    updates: list[tuple[int, str]]
+    connections: int
+    resets: int
+
+
+def read_through(shared: Shared, query: str, pause: float) -> Seen:
+    """Follow the stream from its beginning to the goal, over many connections that each go on where the one
+    before broke off. A slow reader pauses after every event until the goal is known."""
+    updates, cursor, connections, resets, moved = [], 0, 0, 0, time.monotonic()
+    while not 0 < shared.goal.value <= cursor and time.monotonic() < moved + STUCK_SECONDS:
+        leave = time.monotonic() + random.uniform(0, 10)
+        connections += 1
+        with contextlib.suppress(OSError), shared.connect() as line:
+            for seq, event, data in events(line, query, cursor):
+                if seq:
+                    cursor, moved = seq, time.monotonic()
+                resets += event == "reset"
+                updates += [(seq, data["message"])] if event == "update" else []
+                time.sleep(0 if shared.goal.value else pause)
+                if 0 < shared.goal.value <= cursor or time.monotonic() > leave:
+                    break
+        time.sleep(random.uniform(0, 0.5))
+    return Seen(updates, connections, resets)
+
+
+def events(line: socket.socket, query: str, cursor: int) -> Iterator[tuple[int, str, Any]]:
+    """The whole events of a stream after a cursor, until it ends: id (0 for none), name, data. Nothing, twice
+    a second, is an event without a name."""
+    head = f"GET /api/stream?{query} HTTP/1.0\r\nHost: 127.0.0.1\r\nLast-Event-ID: {cursor}\r\n\r\n"
+    line.sendall(head.encode())
+    line.settimeout(0.5)
+    data, rest = b"-", b""
+    while data:
+        try:
+            data = line.recv(READ_SIZE)
+        except TimeoutError:
+            yield 0, "", None
+        else:
+            *blocks, rest = (rest + data).split(b"\n\n")
+            for block in blocks:
+                fields = dict(text.partition(": ")[::2] for text in block.decode().split("\n"))
+                if "event" in fields:
+                    yield int(fields.get("id", 0)), fields["event"], json.loads(fields["data"])
