@@ -15,6 +15,7 @@ The file, top to bottom (each section has a banner of its own):
     redaction    what looks like a secret is masked (pure)
     agents       hook payloads of coding agents -> Draft of an update (pure)
     github       GitHub webhook payloads -> Draft of an update (pure)
+    runs         what a run of an agent tells: where it works, what is kept of it, whether it waits
     log          ids, frames, filters, the objects that clients know (pure)
     store        all the SQL there is: reading, and writing inside a transaction
     database     the file, its connections, the one writer with group commit
@@ -23,12 +24,12 @@ The file, top to bottom (each section has a banner of its own):
     guard        who may ask: Host, Origin, bearer token
     web          API routes, stream, pages, create_app()
     server       the WSGI server with limits and time-outs, gevent first, threads without it
+    hooks        agents plugged in: their settings, the hook that they run, the spool while no server answers
     cli          the click commands and the HTTP client behind them
 """
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import dataclasses
 import datetime
@@ -45,14 +46,16 @@ import random
 import re
 import secrets
 import sqlite3
+import stat
 import sys
 import tempfile
 import threading
 import time
 import types
 import uuid
-from collections import deque
+from collections import deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import click
@@ -104,26 +107,15 @@ class Problem(Exception):
     def __init__(self, code: str, message: str, field: str | None = None):
         super().__init__(message)
         self.code, self.message, self.field = code, message, field
-
-    @property
-    def status(self) -> int:
-        """The HTTP status that goes with the code."""
-        return STATUS_OF[self.code]
+        self.status = STATUS_OF.get(code)  # a client has errors that are no answer
 
     def body(self) -> dict[str, str]:
         """The JSON body that tells it."""
-        body = {"error": self.code, "message": self.message}
-        return body | {"field": self.field} if self.field else body
+        return {"error": self.code, "message": self.message} | ({"field": self.field} if self.field else {})
 
 
-def invalid(message: str, field: str | None = None) -> Problem:
-    """The Problem of bad input."""
-    return Problem("invalid_input", message, field)
-
-
-def misconfigured(message: str) -> Problem:
-    """The Problem of a server that cannot start."""
-    return Problem("server_misconfigured", message)
+invalid = functools.partial(Problem, "invalid_input")
+misconfigured = functools.partial(Problem, "server_misconfigured")  # of a server that cannot start
 
 
 # ======================================================================================================
@@ -131,27 +123,72 @@ def misconfigured(message: str) -> Problem:
 # ======================================================================================================
 
 
-class Setting(NamedTuple):
-    """One environment variable: its name, default, and what it is for."""
-
-    name: str
-    default: str
-    help: str
-
-
-SETTINGS = (
-    Setting("MONITOR_BIND", "127.0.0.1:3000", "Address and port to listen on."),
-    Setting("MONITOR_DB", "sqlite:monitor.db?mode=rwc", "Database: a path, sqlite:PATH, sqlite::memory:."),
-    Setting("MONITOR_AUTH_MODE", "relaxed", "relaxed: reads are open; strict: reads need a token too."),
-    Setting("MONITOR_API_TOKENS", "", "Tokens that may write, comma separated; none: writes are open."),
-    Setting("MONITOR_ALLOWED_HOSTS", "", "More names that this server answers to, comma separated."),
-    Setting("MONITOR_REDACT", "on", "off: strings that look like secrets are stored as they come."),
-    Setting("MONITOR_RETENTION", "", "Age at which updates go, as 90d; data:30d drops their data only."),
+Setting = namedtuple("Setting", "name default help")  # one environment variable, and what it is for
+SETTINGS, CLIENT_SETTINGS, HOOK_SETTINGS = (
+    tuple(Setting(*row) for row in rows) for rows in json.loads(asset("templates", "settings.json")).values()
 )
-CLIENT_SETTINGS = (
-    Setting("MONITOR_SERVER", "http://127.0.0.1:3000", "The server that the commands talk to."),
-    Setting("MONITOR_TOKEN", "", "The token that the commands send."),
-)
+
+
+def parse_age(text: str) -> datetime.timedelta:
+    """An age such as 30d, 12h or 45m."""
+    found = re.fullmatch(r"([0-9]{1,5})([dhm])", text.strip(), re.ASCII)
+    if not found:
+        raise invalid(f"{text[:40]!r} is not an age; it must look like 30d, 12h or 45m", "older_than")
+    return datetime.timedelta(**{{"d": "days", "h": "hours", "m": "minutes"}[found[2]]: int(found[1])})
+
+
+def parse_bind(text: str) -> tuple[str, int]:
+    """The two parts of `host:port` or `[v6]:port`."""
+    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]\s]*)):([0-9]{1,5})", text)
+    if not found or int(found[3]) > 65535:
+        raise invalid(f"{text!r} is not an address; it must look like 127.0.0.1:3000")
+    return found[1] or found[2] or "0.0.0.0", int(found[3])
+
+
+def parse_database(text: str) -> str | None:
+    """The path in PATH, sqlite:PATH?query or, for the absolute /PATH, sqlite:///PATH; None: in memory."""
+    path = text
+    if text.startswith("sqlite:"):
+        path = text.removeprefix("sqlite:").partition("?")[0]
+        path = path[2:] if path.startswith("//") else path
+    if not path.strip() or "\0" in path:
+        raise invalid(f"{text!r} names no file; it must look like sqlite:monitor.db")
+    return None if path == ":memory:" and text != path else path
+
+
+def parse_word(words: tuple[str, ...], text: str) -> str:
+    """One of some words."""
+    if text.lower() not in words:
+        raise invalid(f"{text!r} must be {' or '.join(words)}")
+    return text.lower()
+
+
+def split_list(text: str) -> list[str]:
+    """Split at commas; blanks around the entries and empty entries are dropped."""
+    return [entry.strip() for entry in text.split(",") if entry.strip()]
+
+
+def spool_folder(server: str) -> str | None:
+    """The folder of events that a server has not taken yet; None: there is to be none."""
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    base = os.environ.get("MONITOR_SPOOL") or f"{state}/monitor/spool"
+    name = re.sub(r"[^A-Za-z0-9.-]", "_", server.removesuffix("/").encode().decode("latin-1"))
+    return None if base == "off" else f"{base}/{name}"
+
+
+PARSERS = {  # by setting: the field of Config that it fills, and what reads it
+    "MONITOR_BIND": ("address", parse_bind),
+    "MONITOR_DB": ("database", parse_database),
+    "MONITOR_AUTH_MODE": ("auth_mode", functools.partial(parse_word, ("relaxed", "strict"))),
+    "MONITOR_API_TOKENS": ("tokens", lambda text: tuple(map(str.encode, split_list(text)))),
+    "MONITOR_ALLOWED_HOSTS": ("allowed_hosts", lambda text: tuple(map(str.lower, split_list(text)))),
+    "MONITOR_REDACT": ("redact", lambda text: parse_word(("on", "off"), text) == "on"),
+    "MONITOR_STUCK_AFTER": ("stuck_after", parse_age),
+    "MONITOR_RETENTION": (
+        "retention",
+        lambda text: tuple((":" in rule, parse_age(rule.removeprefix("data:"))) for rule in split_list(text)),
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,73 +197,29 @@ class Config:
 
     host: str
     port: int
+    spools: tuple[str, ...]  # folders of hooks that found no server
     database: str | None  # a path; None: a private temporary file
     auth_mode: str
     tokens: tuple[bytes, ...]
-    allowed_hosts: tuple[str, ...] = ()
-    redact: bool = True
-    retention: tuple[tuple[bool, datetime.timedelta], ...] = ()  # (only the data, age)
+    allowed_hosts: tuple[str, ...]
+    redact: bool
+    stuck_after: datetime.timedelta
+    retention: tuple[tuple[bool, datetime.timedelta], ...]  # (only the data, age)
+    tended: bool = True  # whether to do what is to be done from time to time
 
     @classmethod
     def load(cls, given: dict[str, str | None] | None = None) -> Config:
         """Read the settings: `given` by name, else from the environment. Problem for what makes no sense."""
-        given = given or {}
-        values = {name: given.get(name) or os.environ.get(name) or default for name, default, _ in SETTINGS}
-        host, port = parse_bind(values["MONITOR_BIND"])
-        for name, words in (("MONITOR_AUTH_MODE", ("relaxed", "strict")), ("MONITOR_REDACT", ("on", "off"))):
-            values[name] = values[name].strip().lower()
-            if values[name] not in words:
-                raise misconfigured(f"{name} is {values[name]!r}; it must be {' or '.join(words)}")
-        return cls(
-            host,
-            port,
-            parse_database(values["MONITOR_DB"]),
-            values["MONITOR_AUTH_MODE"],
-            tuple(token.encode() for token in split_list(values["MONITOR_API_TOKENS"])),
-            tuple(name.lower() for name in split_list(values["MONITOR_ALLOWED_HOSTS"])),
-            values["MONITOR_REDACT"] == "on",
-            tuple(parse_retention(rule) for rule in split_list(values["MONITOR_RETENTION"])),
-        )
-
-
-def parse_age(text: str) -> datetime.timedelta:
-    """An age such as 30d, 12h or 45m; Problem (invalid_input) when it is none."""
-    found = re.fullmatch(r"([0-9]{1,5})([dhm])", text.strip(), re.ASCII)
-    if not found:
-        raise invalid(f"{text[:40]!r} is not an age; it must look like 30d, 12h or 45m", "older_than")
-    return datetime.timedelta(**{{"d": "days", "h": "hours", "m": "minutes"}[found[2]]: int(found[1])})
-
-
-def parse_retention(rule: str) -> tuple[bool, datetime.timedelta]:
-    """One rule of MONITOR_RETENTION: whether only the data goes, and at what age."""
-    try:
-        return rule.startswith("data:"), parse_age(rule.removeprefix("data:"))
-    except Problem:
-        raise misconfigured(f"MONITOR_RETENTION is {rule!r}; it must look like 90d or data:30d") from None
-
-
-def split_list(text: str) -> list[str]:
-    """Split at commas; blanks around the entries and empty entries are dropped."""
-    return [entry.strip() for entry in text.split(",") if entry.strip()]
-
-
-def parse_bind(text: str) -> tuple[str, int]:
-    """Split `host:port` or `[v6]:port`; Problem (server_misconfigured) when it is neither."""
-    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]\s]*)):([0-9]{1,5})", text.strip())
-    if not found or int(found[3]) > 65535:
-        raise misconfigured(f"MONITOR_BIND is {text!r}; it must look like 127.0.0.1:3000")
-    return found[1] or found[2] or "0.0.0.0", int(found[3])
-
-
-def parse_database(text: str) -> str | None:
-    """The path in PATH, sqlite:PATH?query or, for the absolute /PATH, sqlite:///PATH; None: in memory."""
-    path = text = text.strip()
-    if text.startswith("sqlite:"):
-        path = text.removeprefix("sqlite:").partition("?")[0]
-        path = path[2:] if path.startswith("//") else path
-    if not path or "\0" in path:
-        raise misconfigured(f"MONITOR_DB is {text!r}; it must name a file, as sqlite:monitor.db")
-    return None if path == ":memory:" and text != path else path
+        values: dict[str, Any] = {}
+        for name, default, _ in SETTINGS:
+            field, read = PARSERS[name]
+            try:
+                values[field] = read(((given or {}).get(name) or os.environ.get(name) or default).strip())
+            except Problem as problem:
+                raise misconfigured(f"{name}: {problem.message}") from None
+        host, port = values.pop("address")
+        spools = (spool_folder(f"http://{name}:{port}") for name in ("127.0.0.1", "localhost"))
+        return cls(host, port, tuple(filter(None, spools)), **values)
 
 
 # ======================================================================================================
@@ -237,12 +230,20 @@ MAX_BODY = 1024 * 1024
 MAX_WEBHOOK = 25 * 1024 * 1024
 MAX_DEPTH = 64
 MAX_INTEGER = 2**63 - 1
+UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 
 def timestamp(moment: datetime.datetime | None = None) -> str:
     """RFC 3339 in UTC with microseconds, ending in Z: sorts as text."""
     moment = moment or datetime.datetime.now(datetime.UTC)
     return moment.astimezone(datetime.UTC).isoformat(timespec="microseconds")[:26] + "Z"
+
+
+def shifted(moment: str, seconds: float) -> str:
+    """A timestamp so many seconds later; itself where no year is left."""
+    with contextlib.suppress(OverflowError):
+        return timestamp(datetime.datetime.fromisoformat(moment) + datetime.timedelta(seconds=seconds))
+    return moment
 
 
 ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # made once: json.dumps makes one a call
@@ -271,8 +272,8 @@ def parse_json(raw: bytes) -> Any:
         raise invalid(f"the body is nested deeper than {MAX_DEPTH} levels") from None
     except ValueError as error:
         raise invalid(f"the body is not JSON: {error}") from None
-    if "\\u" in text and re.search(r"\\u(0000|[dD][89a-fA-F])", text):
-        check_strings(value)
+    if "\\u" in text and re.search(r"\\u(0000|[dD][89a-fA-F])", text) and not storable(value):
+        raise invalid("text must hold neither NUL nor lone surrogates")
     return value
 
 
@@ -301,158 +302,125 @@ def nested(value: Any) -> Iterator[list[Any]]:
         level = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
 
 
-def check_strings(value: Any) -> None:
-    """Problem (invalid_input) when a string or key at any depth holds NUL or a lone surrogate."""
-    for node in itertools.chain.from_iterable(nested([value])):
-        for text in [*node, *node.values()] if isinstance(node, dict) else node:
-            if isinstance(text, str):
-                check_text(text)
-
-
-def check_text(text: str, field: str | None = None) -> str:
-    """Return `text`; Problem (invalid_input) when it holds NUL or a lone surrogate."""
-    if "\0" in text or re.search("[\ud800-\udfff]", text):
-        raise invalid(f"{field or 'text'} must hold neither NUL nor lone surrogates", field)
-    return text
-
-
-class Field(NamedTuple):
-    """A field of a body or query: its checker (value, name -> value), its JSON schema, whether it must be."""
-
-    check: Callable[[Any, str], Any]
-    schema: dict[str, Any]
-    required: bool = False
-    text: str = ""
+def storable(value: Any) -> bool:
+    """Whether no string or key at any depth holds NUL or a lone surrogate."""
+    nodes = itertools.chain.from_iterable(nested([value]))
+    texts = (text for node in nodes for text in ([*node, *node.values()] if isinstance(node, dict) else node))
+    return not any(isinstance(text, str) and UNSTORABLE.search(text) for text in texts)
 
 
 class QueryText(str):
     """A value from a query string or form: there `true` is a boolean's only spelling."""
 
 
-def wrong(name: str, sentence: str) -> Problem:
-    """The Problem of a field: `name` and what it must be."""
-    return invalid(f"{name} must {sentence}", name)
+def must(holds: Any, sentence: str) -> None:
+    """ValueError: the sentence says what a value must be, or do."""
+    if not holds:
+        raise ValueError(sentence)
 
 
-def field_from(read: Callable[[Any], Any], sentence: str, schema: dict[str, Any]) -> Field:
-    """A field that `read` makes its value of; None says that it is not what it must be."""
-
-    def check(value: Any, name: str) -> Any:
-        if (found := read(value)) is None:
-            raise wrong(name, sentence)
-        return found
-
-    return Field(check, schema)
+def read_text(value: Any, schema: dict[str, Any]) -> str:
+    """A string within its lengths; where it must have one, of more than blanks."""
+    must(isinstance(value, str), "be a string")
+    must(len(value) <= schema["maxLength"], f"have at most {schema['maxLength']} characters")
+    must(value.strip() or not schema.get("minLength"), "not be empty")
+    must(not UNSTORABLE.search(value), "hold neither NUL nor lone surrogates")
+    return value
 
 
-def field_of(kind: type, word: str) -> Field:
-    """A field of a JSON type; of `object` any value (parse_json has refused what cannot be stored)."""
-    schema = {"type": word.split()[-1]} if word else {}
-    return field_from(lambda value: value if isinstance(value, kind) else None, f"be {word}", schema)
-
-
-def text_field(limit: int, required: bool = False, empty: bool = False) -> Field:
-    """A string of 1 (0 where `empty` is allowed) to `limit` characters."""
-
-    def check(value: Any, name: str) -> str:
-        if not isinstance(value, str):
-            raise wrong(name, "be a string")
-        if len(value) > limit:
-            raise wrong(name, f"have at most {limit} characters")
-        if not empty and not value.strip():
-            raise wrong(name, "not be empty")
-        return check_text(value, name)
-
-    length = {"maxLength": limit} | ({} if empty else {"minLength": 1})
-    return Field(check, {"type": "string"} | length, required)
-
-
-def choice_field(*words: str) -> Field:
+def read_choice(value: Any, schema: dict[str, Any]) -> str:
     """One of a few words."""
-    sentence = f"be one of {', '.join(words)}"
-    return field_from(lambda value: value if value in words else None, sentence, {"enum": list(words)})
+    must(value in schema["enum"], f"be one of {', '.join(schema['enum'])}")
+    return value
 
 
-def flag_field() -> Field:
+def read_words(value: Any, schema: dict[str, Any]) -> list[str]:
+    """Some of a few words, comma separated."""
+    found, words = split_list(value) if isinstance(value, str) else [], schema["x-words"]
+    must(found and set(found) <= set(words), f"be one or several of {', '.join(words)}, comma separated")
+    return found
+
+
+def read_flag(value: Any, schema: dict[str, Any]) -> bool:
     """A JSON boolean; in a query `true` or `false`."""
     flags = {"true": True, "1": True, "false": False, "0": False}
-
-    def read(value: Any) -> bool | None:
-        value = flags.get(value.lower()) if isinstance(value, QueryText) else value
-        return value if isinstance(value, bool) else None
-
-    return field_from(read, "be true or false", {"type": "boolean"})
+    value = flags.get(value.lower()) if isinstance(value, QueryText) else value
+    must(isinstance(value, bool), "be true or false")
+    return value
 
 
-def tags_field(most: int = 100, limit: int = 200) -> Field:
-    """A list of at most `most` strings of at most `limit` characters; doubles are dropped."""
-    entry = text_field(limit)
-
-    def check(value: Any, name: str) -> list[str]:
-        if not isinstance(value, list) or len(value) > most:
-            raise wrong(name, f"be a list of at most {most} strings")
-        return list(dict.fromkeys(entry.check(tag, name) for tag in value))
-
-    return Field(check, {"type": "array", "items": entry.schema, "maxItems": most})
+def read_tags(value: Any, schema: dict[str, Any]) -> list[str]:
+    """A list of strings; doubles are dropped."""
+    most = schema["maxItems"]
+    must(isinstance(value, list) and len(value) <= most, f"be a list of at most {most} strings")
+    return list(dict.fromkeys(read_text(tag, schema["items"]) for tag in value))
 
 
-def reference_field() -> Field:
+def read_reference(value: Any, schema: dict[str, Any]) -> str:
     """What names a task or workstream: a UUID, a task's number, or 4 or more first digits of a UUID."""
-
-    def read(value: Any) -> str | None:
-        fits = isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}|[0-9a-fA-F-]{4,36}", value)
-        return value.lower() if fits else None
-
-    sentence = "be a string: an id, a number, or 4 or more first digits of an id"
-    return field_from(read, sentence, {"type": "string"})
+    fits = isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}|[0-9a-fA-F-]{4,36}", value)
+    must(fits, "be a string: an id, a number, or 4 or more first digits of an id")
+    return value.lower()
 
 
-def number_field(least: int = 0, most: int = MAX_INTEGER) -> Field:
-    """A whole number in a query; what lies outside `least`..`most` is clamped."""
-
-    def read(value: str) -> int | None:
-        fits = re.fullmatch(r"-?[0-9]{1,40}" if least else r"[0-9]{1,40}", value, re.ASCII)
-        return min(max(int(value), least), most) if fits else None
-
-    return field_from(read, "be a whole number", {"type": "integer", "minimum": least})
+def read_number(value: str, schema: dict[str, Any]) -> int:
+    """A whole number in a query; what lies outside its bounds is clamped."""
+    least = schema["minimum"]
+    must(re.fullmatch(r"-?[0-9]{1,40}" if least else r"[0-9]{1,40}", value, re.ASCII), "be a whole number")
+    return min(max(int(value), least), schema.get("maximum", MAX_INTEGER))
 
 
-def time_field() -> Field:
+def read_time(value: str, schema: dict[str, Any]) -> str:
     """An RFC 3339 time in a query (UTC where it names no zone), normalised to sort as text."""
+    with contextlib.suppress(ValueError, OverflowError):
+        moment = datetime.datetime.fromisoformat(value)
+        return timestamp(moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC))
+    raise ValueError("be a time such as 2026-01-31T09:30:00Z")
 
-    def read(value: str) -> str | None:
-        with contextlib.suppress(ValueError, OverflowError):
-            moment = datetime.datetime.fromisoformat(value)
-            return timestamp(moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC))
 
-    sentence = "be a time such as 2026-01-31T09:30:00Z"
-    return field_from(read, sentence, {"type": "string", "format": "date-time"})
+def read_any(value: Any, schema: dict[str, Any]) -> Any:
+    """Any JSON, or an object: parse_json has refused what cannot be stored."""
+    must(schema.get("type") != "object" or isinstance(value, dict), "be an object")
+    return value
+
+
+READERS = {
+    "any": read_any,
+    "choice": read_choice,
+    "flag": read_flag,
+    "number": read_number,
+    "reference": read_reference,
+    "tags": read_tags,
+    "text": read_text,
+    "time": read_time,
+    "words": read_words,
+}
+
+
+class Field(NamedTuple):
+    """A field of a body or query: how it is read, its JSON schema, what it is for, whether it must be."""
+
+    kind: str
+    schema: dict[str, Any]
+    text: str = ""
+    required: bool = False
+
+    def check(self, value: Any, name: str) -> Any:
+        """The value as it is kept; Problem (invalid_input) says what the field must be."""
+        try:
+            return READERS[self.kind](value, self.schema)
+        except ValueError as error:
+            raise invalid(f"{name} must {error}", name) from None
 
 
 Fields = dict[str, Field]
-
-FIELD_KINDS = {
-    "any": lambda: field_of(object, ""),
-    "choice": lambda words: choice_field(*words),
-    "flag": flag_field,
-    "number": number_field,
-    "object": lambda: field_of(dict, "an object"),
-    "reference": reference_field,
-    "tags": tags_field,
-    "text": text_field,
-    "time": time_field,
-}
-FIELDS = {  # what a field takes, and what it is for
-    name: FIELD_KINDS[kind](**limits)._replace(text=text)
-    for name, (kind, limits, text) in json.loads(asset("templates", "fields.json")).items()
-}
+FIELDS = {name: Field(*row) for name, row in json.loads(asset("templates", "fields.json")).items()}
 
 
 def fields(names: str) -> Fields:
     """The field table of a body or query; a name with `!` must be there."""
-    return {
-        name.rstrip("!"): FIELDS[name.rstrip("!")]._replace(required="!" in name) for name in names.split()
-    }
+    pairs = ((name.rstrip("!"), "!" in name) for name in names.split())
+    return {name: FIELDS[name]._replace(required=required) for name, required in pairs}
 
 
 NEW_WORKSTREAM = fields("name! metadata")
@@ -465,14 +433,17 @@ CLAUDE_HOOK = fields("task_id! payload!")
 GITHUB_WEBHOOK = fields("task_id! payload! headers")
 PRUNING = fields("older_than! data_only dry_run")
 WORKSTREAM_QUERY = fields("include_archived")
-TASK_QUERY = fields("workstream_id status include_hidden include_archived q")
+TASK_QUERY = fields("workstream_id status attention include_hidden include_archived q")
+OF_TASK = fields("task_id")
+SESSION_MOVE = fields("source! task_id! updates")
+LINK_NAME = fields("link! value! repository")
+LINK = LINK_NAME | fields("task_id!")
 STREAM_FILTER = fields("task_id workstream_id source kind level tag")
 UPDATE_QUERY = STREAM_FILTER | fields("q after_seq before_seq since until order limit total")
 
 
 def clean(payload: Any, fields: Fields) -> dict[str, Any]:
-    """The known fields of a JSON object, checked; null counts as absent. Problem names the first wrong
-    one."""
+    """The known fields of a JSON object, checked; null counts as absent. Problem names the first wrong."""
     if not isinstance(payload, dict):
         raise invalid("the body must be a JSON object")
     missing = [name for name, field in fields.items() if field.required and payload.get(name) is None]
@@ -517,6 +488,10 @@ def table(text):
     return rows
 
 
+# The groups that a pattern keeps stand before the mask, the second one behind it.
+MASKED = (MASK, r"\1" + MASK, r"\1" + MASK + r"\2")
+
+
 def redact_text(text: str) -> str:
     """Mask what looks like a secret in a text."""
     lowered = text.lower()
@@ -524,10 +499,6 @@ def redact_text(text: str) -> str:
         if any(map(lowered.__contains__, marks)):
             text = pattern.sub(lambda found: found.expand(MASKED[found.re.groups]), text)
     return text
-
-
-# The groups that a pattern keeps stand before the mask, the second one behind it.
-MASKED = (MASK, r"\1" + MASK, r"\1" + MASK + r"\2")
 
 
 def redact(value: Any) -> Any:
@@ -540,7 +511,7 @@ def redact_deep(value: Any) -> Any:
     """Mask what looks like a secret at any depth, and whole strings under names such as password."""
     if isinstance(value, str):
         return redact_text(value)
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [redact_deep(child) for child in value]
     if isinstance(value, dict):
         masked: dict[str, Any] = {}
@@ -548,23 +519,18 @@ def redact_deep(value: Any) -> Any:
             label = redact_text(name)
             while label in masked:
                 label += "*"  # two names that are secrets keep both their values
-            masked[label] = (
-                MASK if isinstance(child, str) and child and names_secret(name) else redact_deep(child)
-            )
+            spelled = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()  # dbPassword, DB_PASSWORD
+            secret = isinstance(child, str) and child and tables().secret_name.search(spelled)
+            masked[label] = MASK if secret else redact_deep(child)
         return masked
     return value
-
-
-def names_secret(name: str) -> bool:
-    """Whether what stands under this name, in any spelling (dbPassword, DB_PASSWORD), is a secret."""
-    return bool(tables().secret_name.search(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()))
 
 
 # ======================================================================================================
 # agents: hook payloads of coding agents -> Draft of an update (pure)
 # ======================================================================================================
 
-AGENTS = ("claude", "codex", "gemini", "copilot", "cursor")
+AGENTS = {"claude": "Claude Code"} | {name: name.title() for name in ("codex", "gemini", "copilot", "cursor")}
 # Escape sequences, control, bidi and zero-width characters, lone surrogates: none may reach a page or a log.
 INVISIBLE = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|[\x00-\x08\x0e-\x1f\x7f-\x9f\u061c\u200b"
@@ -791,11 +757,12 @@ def agent_draft(agent, payload, event=None):
     tags = ["waiting"] * ("needs-human" in tags) + [*tags, dig(p, "notification_type"), p["tool_name"]]
     tags = tuple(dict.fromkeys(filter(None, (one_line(tag, 60) for tag in tags))))
     state = "working" if AGENT_WORKS.match(p["event"]) else "ended" * (p["event"] == "SessionEnd") or None
-    state = "blocked" if "needs-human" in tags else "idle" if "waiting" in tags else state
+    waits = "blocked" if "needs-human" in tags or (kind, level) == ("error", "error") else "idle"
+    state = waits if "waiting" in tags else state
     source = f"{agent}:{p['session_id'] or 'unknown'}"
     message = one_line(agent_say(sentence, p)) or p["event"]
     data = {k: v for k, v in payload.items() if k != "user_email"} if isinstance(payload, dict) else payload
-    state = None if dig(p, "agent_id") else state
+    state = None if dig(p, "agent_id") and state != "blocked" else state
     return Draft(source, message, kind, level.replace("-", "info"), tags, data, level != "-", state)
 
 
@@ -814,9 +781,6 @@ def session_facts(agent, payload, event=None):
 # like `.name` at the event's subject, its workflow_run, comment, alert; of paths divided by `|`, the first
 # that leads to anything counts. A sentence fills its {paths}, with blanks for underscores in {path~}, and
 # leaves out a <part> in which one of them is empty.
-
-
-GITHUB_QUEUE = re.compile(r"(?:refs/pull/|gh-readonly-queue/.+/pr-)(\d{1,9})\b")
 
 
 def github_value(view, paths):
@@ -851,7 +815,8 @@ def github_place(view):
     # A run also lists pull requests of other repositories.
     home = (None, dig(view, "repository", "id", kind=int))
     pulls = [pull for pull in pulls if dig(pull, "base", "repo", "id", kind=int) in home]
-    queued = GITHUB_QUEUE.search(github_say("{.head_ref|ref|.head_branch}", view))
+    queue = github_say("{.head_ref|ref|.head_branch}", view)
+    queued = re.search(r"(?:refs/pull/|gh-readonly-queue/.+/pr-)(\d{1,9})\b", queue)
     pull = int(queued[1]) if queued else github_value(view | {"p": pulls}, "pull_request.number|p.0.number")
     issue = github_value(view, "issue.number")
     if "pull_request" in dig(view, "issue", kind=dict, default={}):
@@ -944,17 +909,164 @@ def github_draft(payload: object, headers: dict | None = None) -> Draft:
     fields = (path.rpartition("=")[::2] for path in tables().github_data.split())
     fields = ((key or paths.rpartition(".")[2], paths) for key, paths in fields)
     data = {key: value for key, paths in fields if (value := github_value(view, paths)) != ""}
-    quiet = (
-        view["status"] in tables().github_pending.split()
-        if event in ("workflow_run", "status")
-        else level != "error"
-    )
+    pending = view["status"] in tables().github_pending.split()
+    quiet = pending if event in ("workflow_run", "status") else level != "error"
     kind = tables().github_kinds.get(event, "external_update")
     source = f"github:{view['repo'] or 'unknown/unknown'}"
     message = one_line(github_say(sentence, view)) or "GitHub sent an event"
     data |= {name: items for name, items in view["lists"].items() if items}
     keep = not (kind.startswith("ci_") and quiet)
     return Draft(source, message, kind, level, tags, data, keep)
+
+
+# ======================================================================================================
+# runs: what a run of an agent tells: where it works, what is kept of it, whether it waits
+# ======================================================================================================
+
+KEPT_TEXT = 4000  # characters of one text in a payload
+KEPT_ITEMS = 100  # of one list or object
+KEPT_BYTES = 64 * 1024
+FOLD_SECONDS = 30  # Claude Code's notification follows the request for a permission 6 s later
+TWICE_SECONDS = 5  # the same hook again, without an id of its own
+FOLLOW_SECONDS = 30  # a cleared or forked session goes on under a new id
+
+
+class Hook(NamedTuple):
+    """One hook as it came: the agent, its payload, and what the request or the spooled file says besides."""
+
+    agent: str
+    payload: Any
+    event: str | None = None
+    task: str | None = None  # a reference, in whatever form it was written
+    key: str | None = None
+    time: str | None = None  # when it happened, where that is not now
+
+
+class Place(NamedTuple):
+    """Where a run works: folder of its repository (of the main worktree), branch, owner/name of origin."""
+
+    project: str
+    branch: str = ""
+    repository: str = ""
+
+
+def parse_hook(raw: bytes) -> Any:
+    """The JSON of a hook. Agents send what tools print: only what is not JSON is refused, what cannot be
+    stored is replaced when it is trimmed."""
+    try:
+        return json.loads(raw.decode("utf-8", "replace"))
+    except (ValueError, RecursionError) as error:
+        raise invalid(f"the body is not JSON: {error}") from None
+
+
+def parse_spooled(raw: bytes) -> Hook:
+    """A hook that the client kept while no server answered: header lines, an empty line, the payload."""
+    head, _, body = raw.partition(b"\n\n")
+    lines = (line.partition(": ") for line in head.decode("utf-8", "replace").splitlines())
+    found = {name: text.strip() or None for name, _, text in lines}
+    if found.get("agent") not in AGENTS:
+        raise invalid("this is not a spooled hook of an agent that is known here")
+    moment = FIELDS["since"].check(found.get("time") or timestamp(), "time")
+    names = (found["agent"], parse_hook(body), found.get("event"), found.get("task"), found.get("key"))
+    return Hook(*names, min(moment, timestamp()))
+
+
+def spooled(folder: str | None) -> list[str]:
+    """The events in a spool folder, oldest first."""
+    found = {}
+    for path in Path(folder or os.devnull).glob("[!.]*.hook"):
+        with contextlib.suppress(OSError):  # somebody else has sent it
+            found[str(path)] = path.stat().st_mtime_ns
+    return sorted(found, key=lambda path: (found[path], path))
+
+
+def trimmed(value: Any, limit: int = KEPT_TEXT, depth: int = 12) -> Any:
+    """A payload as it is kept: long texts, lists and objects cut, with the cut marked."""
+    if isinstance(value, str):
+        text = UNSTORABLE.sub("\ufffd", value[:limit])
+        return text if len(value) <= limit else f"{text}… [{len(value) - limit:,} more characters cut]"
+    if isinstance(value, int | float) and not abs(value) <= MAX_INTEGER:
+        return str(value)
+    if not isinstance(value, dict | list):
+        return value
+    if not depth:
+        return "[cut: nested too deep]"
+    most, rest = KEPT_ITEMS * limit // KEPT_TEXT, len(value) - KEPT_ITEMS * limit // KEPT_TEXT
+    if isinstance(value, list):
+        items = [trimmed(child, limit, depth - 1) for child in value[:most]]
+        return items + [f"[{rest:,} more cut]"] * (rest > 0)
+    pairs = list(value.items())[:most] + [("…", f"[{rest:,} more cut]")] * (rest > 0)
+    return {trimmed(name, 200): trimmed(child, limit, depth - 1) for name, child in pairs}
+
+
+def kept_data(payload: Any) -> Any:
+    """What is stored of a payload: at most KEPT_BYTES of JSON."""
+    for limit in (KEPT_TEXT, KEPT_TEXT // 5, KEPT_TEXT // 25):
+        data = trimmed(payload, limit)
+        size = len(dump(data))
+        if size <= KEPT_BYTES:
+            return data
+    return {"cut": f"the payload has {size:,} characters even without its long texts"}
+
+
+def settled(session: Any, event: str, draft: Draft, facts: dict[str, str], moment: str) -> str | None:
+    """The state of a run after an event; None: it stays as it was. An Esc sends nothing, and what a subagent
+    does is no answer: a run that waits does so until its main thread says something."""
+    before, state = session["state"], draft.state
+    if late_for(session, moment):
+        return None
+    if before in ("ended", "replaced"):
+        return {"SessionStart": "new", "UserPromptSubmit": "working"}.get(event)
+    if before == "stuck":
+        return state or "working"
+    notified = event == "Notification" and (before == "blocked" or before == state == "idle")
+    same_tool = before == "blocked" and event == "PreToolUse" and facts.get("tool_name") == session["tool"]
+    return None if notified or (same_tool and state == "working") else state
+
+
+def late_for(session: Any, moment: str) -> bool:
+    """Whether an event of this time was overtaken by another one; the shell knows only whole seconds."""
+    return moment[:19] < session["heard_at"][:19]
+
+
+def folds(waiting: list[Any], event: str, draft: Draft, moment: str) -> bool:
+    """Whether an event says again what a run, or a subagent of its, is already known to wait for."""
+    told = [row for row in waiting if event == "Notification" or draft.message == row["message"]]
+    return draft.state == "blocked" and any(moment < shifted(row["since"], FOLD_SECONDS) for row in told)
+
+
+def read_small(path: str) -> str:
+    """The beginning of a small regular file, "" where there is none: a payload names where to look, and a
+    pipe in that place must not hold us."""
+    with contextlib.suppress(OSError, ValueError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return file.read(16384).decode("utf-8", "replace")
+    return ""
+
+
+def find_place(cwd: str) -> Place:
+    """Where a run works, by what lies in its folder; by the folder's name where that is on another machine.
+    A worktree belongs to its repository."""
+    if not os.path.isdir(cwd):
+        cwd = re.split(r"[/\\]\.claude[/\\]worktrees[/\\]", cwd)[0].rstrip("/\\")
+    folder = cwd
+    while folder and not os.path.lexists(os.path.join(folder, ".git")):
+        folder = os.path.dirname(folder) if os.path.dirname(folder) != folder else ""
+    if not folder:
+        return Place(cwd)
+    git = os.path.join(folder, ".git")
+    pointer = read_small(git).strip()  # of a worktree or submodule
+    if pointer.startswith("gitdir: "):
+        git = os.path.normpath(os.path.join(folder, pointer.removeprefix("gitdir: ")))
+    common = os.path.normpath(os.path.join(git, read_small(os.path.join(git, "commondir")).strip()))
+    if os.path.basename(common) == ".git":
+        folder = os.path.dirname(common)
+    branch = re.match("ref: refs/heads/(.{1,200})$", read_small(os.path.join(git, "HEAD")).strip())
+    origin = r'(?ms)^\[remote "origin"\][^\[]*?^\s*url\s*=\s*\S*?[:/]([\w.-]+/[\w.-]+?)(?:\.git)?/?\s*$'
+    named = re.search(origin, read_small(os.path.join(common, "config")))
+    return Place(folder, branch[1] if branch else "", named[1] if named else "")
 
 
 # ======================================================================================================
@@ -1005,7 +1117,6 @@ class Filter(NamedTuple):
         return (
             (self.task is None or frame.task == self.task)
             and (self.workstream is None or frame.workstream == self.workstream)
-            and (not self.updates_only or frame.event == "update")
             and (self.source is None or frame.source == self.source)
             and (self.kind is None or frame.kind == self.kind)
             and (self.level is None or frame.level == self.level)
@@ -1029,12 +1140,12 @@ class Kind(NamedTuple):
     def make(self, row: sqlite3.Row) -> dict[str, Any]:
         """A row as the JSON object clients know: what has no value is left out."""
         found = {name: row[name] for name in self.columns.split() if row[name] is not None}
-        return found | {"metadata": json.loads(row["metadata"])}
+        return found | {name: json.loads(found[name]) for name in ("metadata", "attention") if name in found}
 
 
-COLUMNS = "id name status created_at updated_at"
+COLUMNS = "id name status created_at updated_at metadata"
 WORKSTREAM = Kind("workstream", "workstreams", "workstreams", COLUMNS, NEW_WORKSTREAM, WORKSTREAM_CHANGES)
-COLUMNS += " number workstream_id summary_text summary_updated_at summary_source hidden_at"
+COLUMNS += " number workstream_id summary_text summary_updated_at summary_source hidden_at attention"
 TASK = Kind("task", "tasks", "task_rows", COLUMNS, NEW_TASK, TASK_CHANGES)
 
 
@@ -1045,15 +1156,15 @@ TASK = Kind("task", "tasks", "task_rows", COLUMNS, NEW_TASK, TASK_CHANGES)
 READ_ROWS, READ_BYTES = 256, 1024 * 1024
 SCAN_ROWS = 20_000  # a filtered catch-up looks at this many log rows at a time
 PAGE_BYTES = 8 * 1024 * 1024
-KEY_DAYS = 7
+KEY_SECONDS = 7 * 86400
 PRUNE_ROWS = 500  # one batch of pruning: writers wait for it
 FREE_PAGES = 1000
 
 
 def search_words(text: str) -> str:
-    """Plain words as an FTS5 query for rows that hold them all, each quoted; "" without any word."""
+    """Plain words as an FTS5 query for rows that hold them all, each quoted; without any it finds nothing."""
     words = [word for word in text.split() if re.search(r"[^\W_]", word)]
-    return " ".join('"' + word.replace('"', '""') + '"' for word in words)
+    return " ".join('"' + word.replace('"', '""') + '"' for word in words) or '""'
 
 
 class Queries:
@@ -1066,16 +1177,20 @@ class Queries:
         """All rows of a statement."""
         return self.db.execute(sql, values).fetchall()
 
+    def first(self, sql: str, **values: Any) -> sqlite3.Row | None:
+        """The first row of a statement, or None."""
+        return self.db.execute(sql, values).fetchone()
+
     def head(self) -> sqlite3.Row:
         """The one row that says which database this is and how far its log goes."""
-        return self.rows("SELECT stream, seq, pruned, secret FROM head")[0]
+        return self.first("SELECT stream, seq, pruned, secret FROM head")
 
     def find(self, kind: Kind, reference: str) -> sqlite3.Row | None:
         """The row that a checked reference names, or None. Problem (conflict) when a prefix fits several."""
         if kind is TASK and re.fullmatch("[0-9]{1,18}", reference):
-            found = self.rows("SELECT * FROM task_rows WHERE number = :number", number=int(reference))
-            if found:
-                return found[0]
+            found = self.first("SELECT * FROM task_rows WHERE number = :number", number=int(reference))
+            if found is not None:
+                return found
         sql = f"SELECT * FROM {kind.view} WHERE id >= :prefix AND id < :prefix || 'g' LIMIT 6"
         found = self.rows(sql, prefix=reference) if len(reference) >= 4 else []
         if len(found) > 1:
@@ -1092,7 +1207,6 @@ class Queries:
 
     def filter(self, wanted: dict[str, Any]) -> Filter:
         """A Filter from cleaned STREAM_FILTER fields; a reference to nothing known matches nothing."""
-
         numbers: dict[str, int] = {}
         for kind in (TASK, WORKSTREAM):
             if f"{kind.name}_id" in wanted:
@@ -1110,32 +1224,28 @@ class Queries:
     def tasks(self, wanted: dict[str, Any]) -> list[dict[str, Any]]:
         """Task objects that match cleaned TASK_QUERY fields, oldest first. Tasks of archived workstreams
         come when asked for, or when their workstream is named."""
-        values = {name: wanted.get(name) for name in ("status", "q")}
-        where = ["TRUE"]  # literal clauses only: no input gets in here
-        if "workstream_id" in wanted:
-            row = self.find(WORKSTREAM, wanted["workstream_id"])
-            values["workstream"] = row["number"] if row else 0
-            where.append("workstream = :workstream")
-        elif not wanted.get("include_archived"):
-            where.append("workstream_status = 'active'")
-        if "status" in wanted:
-            where.append("status = :status")
-        if not wanted.get("include_hidden"):
-            where.append("hidden_at IS NULL")
-        if wanted.get("q"):
-            values["q"] = search_words(wanted["q"])
-            where.append("number IN (SELECT rowid FROM task_search WHERE task_search MATCH :q)")
-            if not values["q"]:
-                return []
-        rows = self.rows(f"SELECT * FROM task_rows WHERE {' AND '.join(where)} ORDER BY number", **values)
-        return [TASK.make(row) for row in rows]
+        sql = """
+            SELECT * FROM task_rows
+            WHERE (workstream = :workstream
+                   OR :workstream IS NULL AND (:include_archived OR workstream_status = 'active'))
+              AND (:status IS NULL OR status = :status)
+              AND (:attention IS NULL OR instr(:attention, json_extract(attention, '$.state')))
+              AND (:include_hidden OR hidden_at IS NULL)
+              AND (:words IS NULL OR number IN (SELECT rowid FROM task_search WHERE task_search MATCH :words))
+            ORDER BY number
+        """
+        values = {"include_archived": False, "include_hidden": False, "status": None} | wanted
+        values["workstream"] = self.filter(wanted).workstream
+        values["attention"] = " ".join(wanted["attention"]) if "attention" in wanted else None
+        values["words"] = search_words(wanted["q"]) if wanted.get("q") else None
+        return [TASK.make(row) for row in self.rows(sql, **values)]
 
     def update(self, seq: int) -> str:
         """The JSON of one update; Problem (not_found)."""
-        found = self.rows("SELECT body FROM log WHERE seq = :seq AND event = 'update'", seq=seq)
-        if not found:
+        found = self.first("SELECT body FROM log WHERE seq = :seq AND event = 'update'", seq=seq)
+        if found is None:
             raise Problem("not_found", f"no update {seq}")
-        return found[0]["body"]
+        return found["body"]
 
     def updates(self, chosen: Filter, wanted: dict[str, Any]) -> tuple[list[str], int | None]:
         """One page of updates (their JSON) for cleaned UPDATE_QUERY fields, and how many match in all, if
@@ -1144,28 +1254,65 @@ class Queries:
         order = wanted.get("order", "desc" if wanted.get("q") else "asc")
         limit = wanted.get("limit", 50)
         newest = f"ORDER BY 1 {order} LIMIT {limit}"
-        page = " UNION ".join(f"SELECT * FROM (SELECT {seq} AS seq {rows} {newest})" for seq, rows in arms)
+        since = f"AND {{}} >= ({BEGIN})" if "since" in wanted and order == "asc" else ""
+        selects = [f"SELECT {seq} AS seq {rows} {since.format(seq)} {newest}" for seq, rows in arms]
+        page = " UNION ".join(f"SELECT * FROM ({select})" for select in selects)
         sql = f"SELECT body FROM ({page}) AS page JOIN log USING (seq) ORDER BY seq {order} LIMIT {limit}"
-        bodies = take(self.db.execute(sql, values), PAGE_BYTES) if arms else []
+        bodies = take(self.db.execute(sql, values), PAGE_BYTES)
         if not wanted.get("total", True):
             return bodies, None
-        if len(arms) == 1:
-            count = f"SELECT COUNT(*) {arms[0][1]}"
-        else:
-            seqs = " UNION ".join(f"SELECT {seq} AS seq {rows}" for seq, rows in arms)
-            count = f"SELECT COUNT(*) FROM ({seqs or 'SELECT 1 WHERE FALSE'})"
-        return bodies, self.db.execute(count, values).fetchone()[0]
+        seq, rows = arms[0]
+        count = f"SELECT COUNT(*) {rows}"
+        if len(arms) > 1:  # any of several tags: counting a list takes half the time of counting a UNION
+            names = ", ".join(f":tag{index}" for index in range(len(arms)))
+            count = f"SELECT COUNT(DISTINCT {seq}) {rows.replace('= :tag0', f'IN ({names})')}"
+        return bodies, self.first(count, **values)[0]
 
     def expired(self, before: str, data_only: bool) -> int:
         """How many updates pruning would touch."""
-        has_data = " AND has_data" if data_only else ""
-        sql = f"SELECT COUNT(*) FROM updates WHERE timestamp < :before{has_data}"
-        return self.rows(sql, before=before)[0][0]
+        return self.first(f"SELECT COUNT(*) {OLD_UPDATES[data_only]}", before=before)[0]
+
+    def session(self, agent: str, identity: str | None) -> sqlite3.Row | None:
+        """A run of an agent, as it stands."""
+        sql = "SELECT * FROM sessions WHERE agent = :agent AND id = :id AND subagent = ''"
+        return self.first(sql, agent=agent, id=identity)
+
+    def of_task(self, view: str, wanted: dict[str, Any]) -> list[dict[str, Any]]:
+        """Objects of a view (session_rows, link_rows), only those of a task where one is named."""
+        task = self.filter(wanted).task
+        rows = self.rows(f"SELECT * FROM {view} WHERE :task IS NULL OR task = :task LIMIT 1000", task=task)
+        return [{n: v for n, v in dict(row).items() if n != "task" and v is not None} for row in rows]
+
+    def waiting(self, run: sqlite3.Row) -> list[sqlite3.Row]:
+        """What a run and its subagents wait for."""
+        sql = "SELECT * FROM sessions WHERE agent = :agent AND id = :id AND state = 'blocked'"
+        return self.rows(sql, agent=run["agent"], id=run["id"])
+
+    def run_before(self, agent: str, folder: str, since: str, cleared: bool) -> sqlite3.Row | None:
+        """The run that ended (by a clear) in a folder since some moment, without a successor; the first."""
+        sql = """
+            SELECT * FROM sessions WHERE agent = :agent AND folder = :folder AND subagent = ''
+              AND state = 'ended' AND seen_at >= :since AND (message LIKE '%(clear)' OR NOT :cleared)
+            ORDER BY seen_at LIMIT 1
+        """
+        return self.first(sql, agent=agent, folder=folder, since=since, cleared=cleared)
+
+    def linked_task(self, cwd: str, place: Place) -> sqlite3.Row | None:
+        """The task, not over, that is bound to the branch, or to the folder or one above it."""
+        folders = [cwd, place.project, *map(str, PurePath(cwd).parents)] if cwd else []
+        sql = """
+            SELECT task_rows.* FROM links JOIN task_rows ON task_rows.number = links.task
+            WHERE task_rows.status IN ('active', 'blocked')
+              AND (kind = 'branch' AND value = :branch AND repository IN ('', :project, :repository)
+                   OR kind = 'folder' AND value IN (SELECT value FROM json_each(:folders)))
+            ORDER BY kind, length(links.value) DESC LIMIT 1
+        """
+        return self.first(sql, **place._asdict(), folders=dump(folders))
 
     def session_ended(self, signature: str) -> bool:
         """Whether a browser session was ended by its user."""
         sql = "SELECT 1 FROM ended_sessions WHERE signature = :signature"
-        return bool(self.rows(sql, signature=signature))
+        return self.first(sql, signature=signature) is not None
 
     def check(self) -> list[str]:
         """What is wrong with the database, a sentence each; none when all is well. Reads all of it."""
@@ -1177,18 +1324,11 @@ class Queries:
 
     def newest_of_tasks(self) -> dict[str, str]:
         """The JSON of each task's newest update, by the task's id."""
-        rows = self.rows(
-            """
-            SELECT tasks.id, log.body
-            FROM tasks JOIN log ON log.seq = (SELECT MAX(seq) FROM updates WHERE updates.task = tasks.number)
-            """
-        )
-        return {row["id"]: row["body"] for row in rows}
+        return dict(map(tuple, self.rows("SELECT task_id, body FROM newest_of_tasks")))
 
     def events(self, cursor: int, chosen: Filter, head: int) -> tuple[list[Frame], int]:
-        """The next frames after `cursor` that match, oldest first, and the seq up to which the log was
-        read. Bounded in rows and bytes, and in rows looked at: there may be none, with the cursor moved
-        on."""
+        """The next frames after `cursor` that match, and the seq up to which the log was read. Bounded in
+        rows and bytes, and in rows looked at: there may be none, with the cursor moved on."""
         last = min(head, cursor + (READ_ROWS if chosen == EVERYTHING else SCAN_ROWS))
         values = chosen._asdict() | {"cursor": cursor, "last": last}
         rows = "log"
@@ -1227,7 +1367,7 @@ def take(rows: Iterable[Any], limit: int) -> list[str]:
 
 
 def update_query(chosen: Filter, wanted: dict[str, Any]) -> tuple[list[tuple[str, str]], dict[str, Any]]:
-    """The SELECTs whose union is the seqs of matching updates (none: nothing can match), and their values.
+    """The SELECTs whose union is the seqs of matching updates, and their values.
     The most telling condition drives the query: the others are kept from the planner by a unary plus, for
     without statistics it might walk the index of a kind that most rows have. Tags drive as one SELECT a
     tag (microseconds at a million rows; a correlated EXISTS over all updates takes 0.4 s on a miss)."""
@@ -1236,12 +1376,13 @@ def update_query(chosen: Filter, wanted: dict[str, Any]) -> tuple[list[tuple[str
     values |= {f"tag{index}": tag for index, tag in enumerate(chosen.tags)}
     tag_names = [f":tag{index}" for index in range(len(chosen.tags))]
     seq, table, drivers, others = "updates.seq", "updates", [""], []
+    join = ""
     if wanted.get("q"):
         values["q"] = search_words(wanted["q"])
-        seq, table = "update_search.rowid", "update_search JOIN updates ON updates.seq = update_search.rowid"
-        drivers = ["update_search MATCH :q"] if values["q"] else []
+        seq, table, join = "update_search.rowid", "update_search", "ON updates.seq = update_search.rowid"
+        drivers = ["update_search MATCH :q"]
     elif chosen.tags and chosen.task is None:
-        seq, table = "update_tags.seq", "update_tags JOIN updates USING (seq)"
+        seq, table, join = "update_tags.seq", "update_tags", "USING (seq)"
         drivers, tag_names = [f"update_tags.tag = {name}" for name in tag_names], []
     if tag_names:
         names = ", ".join(tag_names)
@@ -1252,6 +1393,8 @@ def update_query(chosen: Filter, wanted: dict[str, Any]) -> tuple[list[tuple[str
         if name in values:
             others.append(clause.format(seq=seq, plus="+" if driven else ""))
             driven = driven or "plus" in clause
+    if join and any("updates." in clause for clause in others):
+        table += f" JOIN updates {join}"  # only where needed: it makes counting far slower
     wheres = [" AND ".join(filter(None, [driver, *others])) for driver in drivers]
     return [(seq, f"FROM {table}" + (f" WHERE {where}" if where else "")) for where in wheres], values
 
@@ -1270,6 +1413,19 @@ UPDATE_CLAUSES = {
 }
 
 
+# What pruning is about: whole updates, or their data. A condition for both would use no index.
+OLD_UPDATES = (
+    "FROM updates WHERE timestamp < :before",
+    "FROM updates WHERE timestamp < :before AND has_data",
+)
+# Where the rows since a time begin: else a page of the last day, oldest first, walks over all before. Looked
+# for among so many rows only; with more of them there is less to walk over.
+BEGIN = """
+    SELECT CASE COUNT(*) WHEN 100000 THEN 0 ELSE MIN(seq) END
+    FROM (SELECT seq FROM updates WHERE timestamp >= :since LIMIT 100000)
+"""
+
+
 class Transaction(Queries):
     """Writing: what an operation may do inside the writer's transaction. Collects the frames it logs."""
 
@@ -1277,12 +1433,10 @@ class Transaction(Queries):
         super().__init__(db)
         self.frames: list[Frame] = []
 
-    def append(
-        self, event: str, task: int | None, workstream: int, make: Callable[[int], dict], **facets
-    ) -> str:
-        """Write the next log row; `make` gets its seq and returns the object. Returns the JSON."""
-        seq = self.rows("UPDATE head SET seq = seq + 1 RETURNING seq")[0]["seq"]
-        body = dump(make(seq))
+    def append(self, event: str, task: int | None, workstream: int, value: dict, **facets: Any) -> str:
+        """Write the next log row, an update's with its number; returns the JSON."""
+        seq = self.first("UPDATE head SET seq = seq + 1 RETURNING seq")["seq"]
+        body = dump({"seq": seq} | value if event == "update" else value)
         self.db.execute(
             "INSERT INTO log (seq, event, task, workstream, body) VALUES (?, ?, ?, ?, ?)",
             (seq, event, task, workstream, body),
@@ -1292,84 +1446,127 @@ class Transaction(Queries):
 
     def append_row(self, kind: Kind, event: str, number: int) -> str:
         """Log a workstream or task as it now stands; returns its JSON."""
-        row = self.rows(f"SELECT * FROM {kind.view} WHERE number = :number", number=number)[0]
+        row = self.first(f"SELECT * FROM {kind.view} WHERE number = :number", number=number)
         place = (number, row["workstream"]) if kind is TASK else (None, number)
-        return self.append(f"{kind.name}_{event}", *place, lambda seq: kind.make(row))
+        return self.append(f"{kind.name}_{event}", *place, kind.make(row))
 
-    def add(self, kind: Kind, values: dict[str, Any]) -> str:
-        """Add a workstream or task (column names are ours) with a new id; returns its JSON."""
+    def add(self, kind: Kind, values: dict[str, Any]) -> int:
+        """Add a workstream or task (column names are ours) with a new id; returns its number."""
         values = {"id": str(uuid.uuid4())} | values
         names, slots = ", ".join(values), ", ".join(f":{name}" for name in values)
         sql = f"INSERT INTO {kind.table} ({names}) VALUES ({slots}) RETURNING number"
-        number = self.rows(sql, **values)[0]["number"]
-        if kind is TASK:
-            self.index_task(number)
-        return self.append_row(kind, "created", number)
+        number = self.first(sql, **values)["number"]
+        self.append_row(kind, "created", number)
+        return number
 
     def change(self, kind: Kind, number: int, values: dict[str, Any]) -> str:
         """Set columns (their names are ours) of a workstream or task; returns its JSON."""
-        if kind is TASK:
-            self.index_task(number, "'delete'")
         sets = ", ".join(f"{name} = :{name}" for name in values)
         self.db.execute(f"UPDATE {kind.table} SET {sets} WHERE number = :number", values | {"number": number})
-        if kind is TASK:
-            self.index_task(number)
         return self.append_row(kind, "updated", number)
-
-    def index_task(self, number: int, command: str = "NULL") -> None:
-        """Tell the search index what a task holds now, or, before a change, what to forget."""
-        self.db.execute(
-            f"""
-            INSERT INTO task_search (task_search, rowid, name, summary_text)
-            SELECT {command}, number, name, summary_text FROM tasks WHERE number = :number
-            """,
-            {"number": number},
-        )
 
     def insert_update(self, task: sqlite3.Row, fields: dict[str, Any], moment: str) -> str:
         """Add an update: source, message, and kind, level, tags, data where given; returns its JSON."""
-        identity = uuid7()
-        tags = list(dict.fromkeys(fields.get("tags", ())))
+        identity, tags = uuid7(), list(dict.fromkeys(fields.get("tags", ())))
         facets = {name: fields.get(name) for name in ("source", "kind", "level")}
-
-        def make(seq: int) -> dict[str, Any]:
-            start = {"seq": seq, "id": str(identity), "task_id": task["id"], "source": fields["source"]}
-            start |= {"timestamp": moment, "message": fields["message"]}
-            start |= {name: fields[name] for name in ("kind", "level") if fields.get(name) is not None}
-            return (
-                start | {"tags": tags} | ({"data": fields["data"]} if fields.get("data") is not None else {})
-            )
-
-        body = self.append("update", task["number"], task["workstream"], make, tags=tags, **facets)
+        value = {"id": str(identity), "task_id": task["id"], "source": fields["source"], "timestamp": moment}
+        value |= {"message": fields["message"]} | facets | {"tags": tags, "data": fields.get("data")}
+        value = {name: part for name, part in value.items() if part is not None}
+        body = self.append("update", task["number"], task["workstream"], value, tags=tags, **facets)
         seq = self.frames[-1].seq
         self.db.execute(
             """
             INSERT INTO updates (seq, id, task, source, kind, level, timestamp, has_data)
             VALUES (?, ?, ?, ?, ?, ?, ?, ?)
             """,
-            (seq, identity.bytes, task["number"], *facets.values(), moment, fields.get("data") is not None),
+            (seq, identity.bytes, task["number"], *facets.values(), moment, "data" in value),
         )
         self.db.executemany("INSERT INTO update_tags (tag, seq) VALUES (?, ?)", [(tag, seq) for tag in tags])
         self.db.execute("INSERT INTO update_search (rowid, message) VALUES (?, ?)", (seq, fields["message"]))
         return body
 
-    def claim_key(self, key: str, digest: bytes, now: datetime.datetime) -> str | None:
-        """The JSON of the update that a key made before, None for a new key. Problem for another body."""
-        oldest = timestamp(now - datetime.timedelta(days=KEY_DAYS))
-        self.db.execute("DELETE FROM idempotency_keys WHERE created_at < ?", (oldest,))
-        found = self.rows("SELECT digest, seq FROM idempotency_keys WHERE key = :key", key=key)
-        if not found:
-            return None
-        if found[0]["digest"] != digest:
+    def seen_key(self, key: str, digest: bytes, now: str) -> sqlite3.Row | None:
+        """What a key was used for before, None for a new one. Problem (conflict) for another body."""
+        self.db.execute("DELETE FROM idempotency_keys WHERE created_at < ?", (shifted(now, -KEY_SECONDS),))
+        found = self.first("SELECT digest, seq, created_at FROM idempotency_keys WHERE key = :key", key=key)
+        if found is not None and found["digest"] != digest:
             raise Problem("conflict", "this Idempotency-Key was already used with another body")
-        return self.update(found[0]["seq"])
+        return found
 
-    def keep_key(self, key: str, digest: bytes, now: datetime.datetime) -> None:
-        """Remember that a key made the update just logged."""
-        self.db.execute(
-            "INSERT INTO idempotency_keys (key, digest, seq, created_at) VALUES (?, ?, ?, ?)",
-            (key, digest, self.frames[-1].seq, timestamp(now)),
-        )
+    def keep_key(self, key: str, digest: bytes, now: str, seq: int | None) -> None:
+        """Remember which update a key made."""
+        sql = "REPLACE INTO idempotency_keys (key, digest, seq, created_at) VALUES (?, ?, ?, ?)"
+        self.db.execute(sql, (key, digest, seq, now))
+
+    def save_session(self, values: dict[str, Any]) -> None:
+        """Add or change a run (column names are ours): what is not among `values` stays."""
+        names, slots = ", ".join(values), ", ".join(f":{name}" for name in values)
+        sets = ", ".join(f"{name} = excluded.{name}" for name in values)
+        sql = f"INSERT INTO sessions ({names}) VALUES ({slots})"
+        self.db.execute(f"{sql} ON CONFLICT (agent, id, subagent) DO UPDATE SET {sets}", values)
+
+    def end_subagents(self, agent: str, identity: str, subagent: str | None) -> None:
+        """A subagent, or with None each of a run, asks for nothing any more."""
+        sql = """
+            DELETE FROM sessions
+            WHERE agent = ? AND id = ? AND subagent <> '' AND subagent = ifnull(?, subagent)
+        """
+        self.db.execute(sql, (agent, identity, subagent))
+
+    def silence(self, before: str) -> None:
+        """Mark the runs that worked and have said nothing since some moment as stuck; their tasks say so."""
+        sql = """
+            UPDATE sessions SET state = 'stuck', since = seen_at, message = coalesce('Silent since: ' || (
+                SELECT message FROM update_messages WHERE seq = sessions.seq), 'Silent since it began')
+            WHERE state = 'working' AND seen_at < :before AND NOT EXISTS (
+                SELECT 1 FROM sessions AS sub
+                WHERE (sub.agent, sub.id) = (sessions.agent, sessions.id) AND sub.state = 'blocked')
+            RETURNING task
+        """
+        for number in {row["task"] for row in self.rows(sql, before=before)}:
+            self.append_row(TASK, "updated", number)
+
+    def folder_workstream(self, folder: str, moment: str) -> int:
+        """The workstream of a repository's folder: its own, one of its name that has none, or a new one."""
+        name = PurePath(folder.replace("\\", "/")).name[:500] or "Inbox"
+        sql = """
+            SELECT workstream FROM folders WHERE path = :folder
+            UNION ALL
+            SELECT * FROM (
+                SELECT number FROM workstreams WHERE name = :name AND status = 'active'
+                  AND number NOT IN (SELECT workstream FROM folders) ORDER BY number)
+        """
+        found, values = self.first(sql, folder=folder, name=name), {"name": name, "created_at": moment}
+        number = found[0] if found else self.add(WORKSTREAM, values | {"updated_at": moment})
+        self.db.execute("INSERT OR IGNORE INTO folders (path, workstream) VALUES (?, ?)", (folder, number))
+        return number
+
+    def move_session(self, run: sqlite3.Row, task: sqlite3.Row, updates: bool) -> None:
+        """Give a run to another task, with its updates where asked for; the log then says which."""
+        place = {"agent": run["agent"], "id": run["id"], "old": run["task"], "new": task["number"]}
+        self.rows("UPDATE sessions SET task = :new WHERE agent = :agent AND id = :id", **place)
+        if updates:
+            sql = """
+                UPDATE updates SET task = :new
+                WHERE source = :agent || ':' || :id AND task = :old RETURNING seq
+            """
+            seqs = sorted(row["seq"] for row in self.rows(sql, **place))
+            old = self.one(TASK, str(run["task"]))
+            moved = {"from": old["id"], "to": task["id"], "source": f"{run['agent']}:{run['id']}"}
+            for row in (old, task):  # for who follows only one of them
+                self.append("updates_moved", row["number"], row["workstream"], moved | {"seqs": seqs})
+        for number in (run["task"], task["number"]):
+            self.append_row(TASK, "updated", number)
+
+    def link(self, task: int, link: dict[str, str]) -> None:
+        """Bind what a link names to a task; what was bound to another one changes hands."""
+        sql = "REPLACE INTO links (kind, value, repository, task) VALUES (:link, :value, :repository, :task)"
+        self.db.execute(sql, {"repository": ""} | link | {"task": task})
+
+    def unlink(self, link: dict[str, str]) -> int:
+        """Remove a link; returns how many that were."""
+        sql = "DELETE FROM links WHERE kind = :link AND value = :value AND repository = :repository"
+        return self.db.execute(sql, {"repository": ""} | link).rowcount
 
     def end_session(self, signature: str, until: str) -> None:
         """Remember until its expiry that a browser session was ended."""
@@ -1377,57 +1574,34 @@ class Transaction(Queries):
         sql = "INSERT OR IGNORE INTO ended_sessions (signature, until) VALUES (?, ?)"
         self.db.execute(sql, (signature, until))
 
-    def unindex_update(self, seq: int) -> None:
-        """Tell the search index to forget an update; its message must still be in the log."""
-        self.db.execute(
-            """
-            INSERT INTO update_search (update_search, rowid, message)
-            SELECT 'delete', seq, message FROM update_messages WHERE seq = ?
-            """,
-            (seq,),
-        )
-
     def redact_update(self, seq: int, now: str) -> str:
         """Wipe message and data of an update, leave its seq and a mark, and log that; returns its JSON.
-        The search index is merged, for a deleted entry stays in it until then (seconds at a million
-        updates)."""
-        body = json.loads(self.update(seq))
-        row = self.rows("SELECT task, workstream FROM log WHERE seq = :seq", seq=seq)[0]
-        self.unindex_update(seq)
-        body.pop("data", None)
-        body |= {"message": "[redacted]", "redacted_at": now}
-        self.db.execute("UPDATE log SET body = ? WHERE seq = ?", (dump(body), seq))
+        Merges the search index: a deleted entry stays in it until then (seconds at a million updates)."""
+        sql = """
+            UPDATE log SET body = json_set(json_remove(body, '$.data'),
+                                           '$.message', '[redacted]', '$.redacted_at', :now)
+            WHERE seq = :seq AND event = 'update' RETURNING task, workstream, body
+        """
+        found = self.first(sql, seq=seq, now=now)
+        if found is None:
+            raise Problem("not_found", f"no update {seq}")
         self.db.execute("UPDATE updates SET has_data = 0 WHERE seq = ?", (seq,))
-        self.db.execute("INSERT INTO update_search (rowid, message) VALUES (?, ?)", (seq, body["message"]))
         self.db.execute("INSERT INTO update_search (update_search) VALUES ('optimize')")
-        return self.append("update_redacted", row["task"], row["workstream"], lambda _: body)
+        return self.append("update_redacted", found["task"], found["workstream"], json.loads(found["body"]))
 
     def prune(self, before: str, data_only: bool) -> int:
         """Remove the next PRUNE_ROWS updates older than `before`, or only their data; returns how many."""
-        has_data = " AND has_data" if data_only else ""
-        sql = f"SELECT seq FROM updates WHERE timestamp < :before{has_data} ORDER BY timestamp"
-        sql += f" LIMIT {PRUNE_ROWS}"
-        seqs = [(row["seq"],) for row in self.rows(sql, before=before)]
-        if data_only:
-            # REPLACE, not UPDATE: rows that shrink in place keep their pages, and no space is given back.
-            self.db.executemany(
-                """
-                REPLACE INTO log (seq, event, task, workstream, body)
-                SELECT seq, event, task, workstream, json_remove(body, '$.data') FROM log WHERE seq = ?
-                """,
-                seqs,
-            )
-            self.db.executemany("UPDATE updates SET has_data = 0 WHERE seq = ?", seqs)
-            return len(seqs)
-        for (seq,) in seqs:
-            self.unindex_update(seq)
-            tags = [(tag, seq) for tag in json.loads(self.update(seq))["tags"]]
-            self.db.executemany("DELETE FROM update_tags WHERE tag = ? AND seq = ?", tags)
-        for table in ("idempotency_keys", "updates", "log"):
-            self.db.executemany(f"DELETE FROM {table} WHERE seq = ?", seqs)
-        if seqs:
-            self.db.execute("UPDATE head SET pruned = MAX(pruned, ?)", max(seqs))
-        return len(seqs)
+        change = "UPDATE updates SET has_data = 0" if data_only else "DELETE FROM updates"
+        oldest = f"SELECT seq {OLD_UPDATES[data_only]} ORDER BY timestamp LIMIT {PRUNE_ROWS}"
+        rows = self.rows(f"{change} WHERE seq IN ({oldest}) RETURNING seq", before=before)
+        # REPLACE, not UPDATE: rows that shrink in place keep their pages, and no space is given back.
+        without_data = """
+            REPLACE INTO log (seq, event, task, workstream, body)
+            SELECT seq, event, task, workstream, json_remove(body, '$.data') FROM log WHERE seq = ?
+        """
+        sql = without_data if data_only else "DELETE FROM log WHERE seq = ?"
+        self.db.executemany(sql, map(tuple, rows))
+        return len(rows)
 
 
 # ======================================================================================================
@@ -1447,29 +1621,27 @@ def thread_pool(size: int) -> Callable[..., Any]:
     if "gevent" in sys.modules and sys.modules["gevent.monkey"].is_module_patched("threading"):
         from gevent.threadpool import ThreadPool
 
-        run = ThreadPool(size).apply
+        pool = ThreadPool(size)
+
+        def outcome(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | None]:
+            try:
+                return function(*arguments), None
+            except Exception as error:  # gevent prints the trace of whatever leaves a thread of its pool
+                return None, error
+
+        def call(*wanted: Any) -> Any:
+            value, error = pool.apply(outcome, wanted)
+            if error is not None:
+                raise error
+            return value
     else:
         gate = threading.Semaphore(size)
 
-        def run(function: Callable[..., Any], arguments: tuple) -> Any:
+        def call(function: Callable[..., Any], *arguments: Any) -> Any:
             with gate:
                 return function(*arguments)
 
-    def call(function: Callable[..., Any], *arguments: Any) -> Any:
-        value, error = run(outcome, (function, arguments))
-        if error is not None:
-            raise error
-        return value
-
     return call
-
-
-def outcome(function: Callable[..., Any], arguments: tuple) -> tuple[Any, Exception | None]:
-    """What a function returns or raises: gevent prints the trace of whatever leaves a thread of its pool."""
-    try:
-        return function(*arguments), None
-    except Exception as error:
-        return None, error
 
 
 class Store:
@@ -1489,7 +1661,7 @@ class Store:
         except BaseException:
             os.close(self._lock)
             raise
-        self._identity = file_identity(self.path)
+        self._file = os.stat(self.path)
         self._readers: list[sqlite3.Connection] = []
         self._in_reader, self._in_writer = thread_pool(4), thread_pool(1)
         self._waiting: deque[types.SimpleNamespace] = deque()
@@ -1508,7 +1680,7 @@ class Store:
         try:
             if not self._readers:
                 self._look_at_file()
-            db = self._readers.pop() if self._readers else open_reader(self.path)
+            db = self._readers.pop() if self._readers else connect(self.path, "ro")
         except (OSError, sqlite3.Error) as error:
             raise unavailable(error) from error
         try:
@@ -1526,9 +1698,8 @@ class Store:
         self.read(lambda q: copy_into(q.db, path))
 
     def write(self, operation: Callable[[Transaction], Any]) -> Any:
-        """Run an operation in the writer's next transaction; returns its result once that is on disk. What
-        it raises undoes it alone. Only the writer gives it up: a time-out here might follow what is
-        stored."""
+        """Run an operation in the writer's next transaction; returns its result once that is on disk. What it
+        raises undoes it alone. Only the writer gives it up: a time-out here might follow what is stored."""
         pending = types.SimpleNamespace(operation=operation, done=threading.Event(), result=None, error=None)
         with self._gate:
             if self._closed:
@@ -1628,10 +1799,7 @@ class Store:
     def _look_at_file(self) -> None:
         """Make sure that the file is the one that was opened. A new one in its place is not taken up: the
         write-ahead log of the old one would be applied to it."""
-        found = file_identity(self.path)
-        if found is None:
-            raise FileNotFoundError(f"{self.path} is gone")
-        if found != self._identity:
+        if not os.path.samestat(os.stat(self.path), self._file):
             raise FileNotFoundError(f"{self.path} was replaced: put it back, or restart Monitor")
 
     def _run(self, pending: types.SimpleNamespace) -> list[Frame]:
@@ -1639,32 +1807,19 @@ class Store:
         self._db.execute("SAVEPOINT operation")
         try:
             pending.result = pending.operation(transaction)
-        except sqlite3.Error as error:
+        except BaseException as error:  # whatever it is: the writer must live on
             if not self._db.in_transaction:
                 raise  # the engine gave the whole transaction up: a full disk, an I/O error
-            pending.error = unavailable(error)
-        except BaseException as error:  # whatever it is: the writer must live on
-            pending.error = error
-        if pending.error is None:
-            self._db.execute("RELEASE operation")
-            return transaction.frames
-        self._db.execute("ROLLBACK TO operation")
+            pending.error = unavailable(error) if isinstance(error, sqlite3.Error) else error
+            transaction.frames = []
+            self._db.execute("ROLLBACK TO operation")
         self._db.execute("RELEASE operation")
-        return []
+        return transaction.frames
 
 
 def unavailable(error: Exception) -> Problem:
     """A database error as the sentence for who asked: nothing was stored, try again."""
     return Problem("unavailable", f"the database cannot be used now ({error}); nothing was stored, try again")
-
-
-def file_identity(path: str) -> tuple[int, int] | None:
-    """What tells a file from another one that took its place; None when there is none."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def lock_file(path: str) -> int:
@@ -1684,10 +1839,10 @@ def lock_file(path: str) -> int:
 
 
 def connect(path: str, mode: str) -> sqlite3.Connection:
-    """A connection in autocommit mode: transactions are begun by hand."""
+    """A connection in autocommit mode: transactions are begun by hand. Only the writer's mode is not "ro":
+    SQLite before 3.51.3 can corrupt a database in which two write or checkpoint at the same moment."""
     location = "file:" + path.replace("%", "%25").replace("?", "%3f").replace("#", "%23") + f"?mode={mode}"
-    settings = {"isolation_level": None, "check_same_thread": False, "timeout": BUSY_SECONDS}
-    db = sqlite3.connect(location, uri=True, **settings)
+    db = sqlite3.connect(location, BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=True)
     db.row_factory = sqlite3.Row
     return db
 
@@ -1699,39 +1854,23 @@ def copy_into(db: sqlite3.Connection, path: str) -> None:
         db.backup(target)
 
 
-def open_reader(path: str) -> sqlite3.Connection:
-    """A read-only connection. Only the writer may checkpoint: SQLite before 3.51.3 can corrupt a database
-    in which two connections write or checkpoint at the same moment."""
-    db = connect(path, "ro")
-    db.execute("PRAGMA query_only = ON")
-    return db
-
-
 def open_writer(path: str) -> sqlite3.Connection:
     """The one connection that writes, on a file that is ours and of our version."""
-    version = stored_version(path)
+    version, db = stored_version(path), None
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         os.chmod(path, 0o600)
         db = connect(path, "rw")
-        try:
-            if version == 0:
-                create_schema(db)
-            elif version < SCHEMA_VERSION:
-                migrate(db, path, version)
-            # FULL: what was acknowledged survives power loss too, not only kill -9. What is wiped must not be
-            # found in the file: secure_delete.
-            db.executescript(
-                """
-                PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
-                PRAGMA foreign_keys = ON; PRAGMA secure_delete = ON;
-                """
-            )
-        except BaseException:
-            db.close()
-            raise
+        if version < SCHEMA_VERSION:
+            bring_up(db, path, version)
+        # FULL: what was acknowledged survives power loss too, not only kill -9. What is wiped must not be
+        # found in the file: secure_delete.
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "secure_delete = ON"):
+            db.execute(f"PRAGMA {pragma}")
         return db
     except (OSError, sqlite3.Error) as error:
+        if db is not None:
+            db.close()
         raise misconfigured(f"cannot open {path}: {error}") from error
 
 
@@ -1741,39 +1880,40 @@ def stored_version(path: str) -> int:
         return 0
     try:
         # Without a write-ahead log to read, immutable keeps SQLite from making one beside a file not ours.
-        mode = "ro" if os.path.exists(path + "-wal") else "ro&immutable=1"
-        with contextlib.closing(connect(path, mode)) as db:
-            application = db.execute("PRAGMA application_id").fetchone()[0]
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            empty = not db.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()[0]
+        with contextlib.closing(
+            connect(path, "ro" if os.path.exists(path + "-wal") else "ro&immutable=1")
+        ) as db:
+            application, version, things = db.execute(
+                """
+                SELECT application_id, user_version, (SELECT COUNT(*) FROM sqlite_schema)
+                FROM pragma_application_id, pragma_user_version
+                """
+            ).fetchone()
     except sqlite3.Error as error:
         raise misconfigured(f"cannot read {path}: {error}; it was left as it is") from None
-    if empty and application == 0:
+    if application == things == 0:
         return 0
     if application != APPLICATION_ID:
         raise misconfigured(f"{path} is not a Monitor database; it was left as it is")
     if version > SCHEMA_VERSION:
+        versions = f"schema {version}, this one knows {SCHEMA_VERSION}"
         raise misconfigured(
-            f"{path} was made by a newer Monitor (schema {version}, this one knows {SCHEMA_VERSION}); "
-            "it was left as it is: update Monitor"
+            f"{path} was made by a newer Monitor ({versions}); it was left as it is: update Monitor"
         )
     return version
 
 
-def create_schema(db: sqlite3.Connection) -> None:
-    """Make a fresh database, all or nothing. auto_vacuum works only when set before anything is written."""
-    db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-    db.execute("PRAGMA journal_mode = WAL")
+def bring_up(db: sqlite3.Connection, path: str, version: int) -> None:
+    """Make a fresh database, or bring an older one up once it was copied beside itself; all or nothing."""
+    if version == 0:
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # works only when set before anything is written
+        db.execute("PRAGMA journal_mode = WAL")
+        first = f"INSERT INTO head VALUES (1, '{uuid.uuid4()}', 0, 0, randomblob(32));"
+        steps = f"{asset('schema.sql').decode()} {first} PRAGMA application_id = {APPLICATION_ID};"
+    else:
+        copy_into(db, f"{path}.v{version}.{time.strftime('%Y%m%d-%H%M%S')}.backup")
+        steps = "".join(f"{MIGRATIONS[step]};" for step in range(version + 1, SCHEMA_VERSION + 1))
     # One script: Python commits what is open before it runs one.
-    first = f"INSERT INTO head VALUES (1, '{uuid.uuid4()}', 0, 0, randomblob(32));"
-    stamp = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION};"
-    db.executescript(f"BEGIN; {asset('schema.sql').decode()} {first} {stamp} COMMIT;")
-
-
-def migrate(db: sqlite3.Connection, path: str, version: int) -> None:
-    """Bring an older database to SCHEMA_VERSION, all steps or none, after a copy of it was put beside it."""
-    copy_into(db, f"{path}.v{version}.{time.strftime('%Y%m%d-%H%M%S')}.backup")
-    steps = "".join(f"{MIGRATIONS[step]};" for step in range(version + 1, SCHEMA_VERSION + 1))
     db.executescript(f"BEGIN IMMEDIATE; {steps} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
 
 
@@ -1782,6 +1922,7 @@ def migrate(db: sqlite3.Connection, path: str, version: int) -> None:
 # ======================================================================================================
 
 RING_BYTES = 8 * 1024 * 1024
+FRAME_BYTES = 700  # what a frame takes in memory besides its text
 WAKE_SECONDS = 0.005  # one wake and write costs 9 to 15 microseconds a reader, an event inside a batch 0.3
 WAIT_SECONDS = 5  # a quiet stream looks up this often; with the next, a sign of life at least every 15 s
 QUIET_SECONDS = 9
@@ -1791,60 +1932,65 @@ MAX_STREAMS = 2000
 
 class Broadcaster:
     """The newest frames in a ring bounded by bytes, and the readers' wake-up. There is no queue per
-    reader: nothing is dropped, replay and live have no seam, a stuck reader costs the batch it holds."""
+    reader: nothing is dropped, replay and live have no seam, a stuck reader costs the batch it holds.
+    Who waits for the same stands in one crowd; none is woken for what it does not want."""
 
     def __init__(self):
         self.head = self.streams = 0
         self.closed = False
-        self._frames: list[Frame] = []
-        self._seqs: list[int] = []
-        self._bytes = 0
         self._lock = threading.Lock()
+        self.forget()
+        self._crowds: dict[Filter, types.SimpleNamespace] = {}
         self._dirty = threading.Event()
-        self._wake = threading.Event()
         threading.Thread(target=self._wake_readers, name="monitor-waker", daemon=True).start()
 
     def publish(self, frames: list[Frame]) -> None:
         """Take in committed frames, in order, and wake the readers."""
-        if any(frame.event == "update_redacted" for frame in frames):
-            self.forget()  # the ring holds what was wiped
+        if any(frame.event in ("update_redacted", "updates_moved") for frame in frames):
+            self.forget()  # the ring holds what was wiped, or stood elsewhere
         with self._lock:
             self._frames += frames
-            self._seqs += [frame.seq for frame in frames]
-            self._bytes += sum(len(frame.sse) for frame in frames)
-            cut = 0
+            self._bytes += sum(len(frame.sse) + FRAME_BYTES for frame in frames)
             while self._bytes > RING_BYTES:
-                self._bytes -= len(self._frames[cut].sse)
-                cut += 1
-            del self._frames[:cut], self._seqs[:cut]
+                self._bytes -= len(self._frames.pop(0).sse) + FRAME_BYTES
             self.head = frames[-1].seq
-        self._dirty.set()
+        if self._crowds:
+            self._dirty.set()
 
     def after(self, cursor: int) -> list[Frame] | None:
         """The next frames after `cursor`, at most about 1 MiB; None when they have left the ring."""
+        start, head, frames = self._newest
+        if (start, head) == (cursor, self.head):
+            return frames  # the same for all at the tail
         with self._lock:
             if cursor >= self.head:
                 return []
-            if not self._seqs or self._seqs[0] > cursor + 1:
+            if not self._frames or self._frames[0].seq > cursor + 1:
                 return None
-            start = bisect.bisect_right(self._seqs, cursor)
-            end, size = start, 0
+            start = end = cursor + 1 - self._frames[0].seq  # no number is left out
+            size = 0
             while end < len(self._frames) and size < READ_BYTES:
                 size += len(self._frames[end].sse)
                 end += 1
-            return self._frames[start:end]
+            self._newest = cursor, self.head, self._frames[start:end]
+            return self._newest[2]
 
-    def wait(self, cursor: int, seconds: float) -> bool:
-        """Wait until there is something after `cursor` or the stream closes; False after `seconds`."""
-        wake = self._wake
-        if self.head > cursor or self.closed:
-            return True
-        return wake.wait(seconds)
+    def wait(self, cursor: int, chosen: Filter) -> int:
+        """Wait for something wanted after `cursor`, the end, or WAIT_SECONDS at most; returns the cursor,
+        moved past what is not. No lock: who joins a crowd looks at the head after that, who publishes looks
+        for crowds after moving it."""
+        crowd = self._crowds.get(chosen) or types.SimpleNamespace(seen=0, wake=threading.Event())
+        crowd = self._crowds.setdefault(chosen, crowd)
+        if self.head <= cursor and not self.closed:
+            crowd.wake.wait()
+            cursor = max(cursor, crowd.seen)
+        return cursor
 
     def forget(self) -> None:
         """Drop the ring: rows of the log were changed or removed, and must be read again."""
         with self._lock:
-            self._frames, self._seqs, self._bytes = [], [], 0
+            self._frames: list[Frame] = []
+            self._bytes, self._newest = 0, (-1, -1, [])  # from, head, frames: what `after` found last
 
     def leave(self) -> None:
         """A stream has ended."""
@@ -1857,15 +2003,21 @@ class Broadcaster:
 
     def _wake_readers(self) -> None:
         """Wake at most every WAKE_SECONDS, the first event of a lull at once."""
-        while True:
-            self._dirty.wait()
+        told, beat, ending = 0, 0.0, False
+        while not ending:
+            self._dirty.wait(0.0 if told < self.head else max(0.0, beat - time.monotonic()))
             self._dirty.clear()
-            wake, self._wake = self._wake, threading.Event()
-            wake.set()
-            if self.closed:
-                self._wake.set()  # for a reader that took it up between the swap and the close
-                return
+            ending, now, head, frames = self.closed, time.monotonic(), self.head, self.after(told)
+            told = frames[-1].seq if frames else head
+            for chosen, crowd in list(self._crowds.items()):
+                if frames is None or ending or now >= beat or any(map(chosen.matches, frames)):
+                    del self._crowds[chosen]
+                    crowd.wake.set()
+                else:
+                    crowd.seen = told
+            beat = now + WAIT_SECONDS if now >= beat else beat
             time.sleep(WAKE_SECONDS)
+            time.sleep(max(0.0, time.monotonic() - now - 2 * WAKE_SECONDS))  # when busy, half is for others
 
 
 def follow(store: Store, broadcaster: Broadcaster, cursor: int, chosen: Filter, poll: bool) -> Iterator:
@@ -1884,28 +2036,24 @@ def follow(store: Store, broadcaster: Broadcaster, cursor: int, chosen: Filter, 
             yield frames if everything else [frame for frame in frames if chosen.matches(frame)], cursor
         elif poll:
             return
-        elif not broadcaster.wait(cursor, WAIT_SECONDS):
+        elif (cursor := broadcaster.wait(cursor, chosen)) >= broadcaster.head:
             yield [], cursor
 
 
-class Cursor(NamedTuple):
-    """Where a stream begins: after which seq, what `hello` says, and why the wish could not be met."""
-
-    seq: int
-    resumed: bool
-    reset: str | None = None
+# Where a stream begins: after which seq, what `hello` says, and why the wish could not be met.
+Cursor = namedtuple("Cursor", "seq resumed reset", defaults=[None])
 
 
 def place_cursor(given: str | None, stream: str | None, head: sqlite3.Row) -> Cursor:
     """Read the cursor of a client. Never an error: one that cannot be honoured resets to what is possible,
     for EventSource gives up for good on any status but 200."""
     known = given is not None and re.fullmatch(r"[0-9]{1,19}", given, re.ASCII)
-    if given is None or not known or stream not in (None, head["stream"]) or int(given) > head["seq"]:
-        reason = "other_stream" if stream not in (None, head["stream"]) else "ahead" if known else "unknown"
-        return Cursor(head["seq"], False, None if given is None else reason)
-    if int(given) < head["pruned"]:
-        return Cursor(int(given), False, "pruned")
-    return Cursor(int(given), True)
+    other = stream not in (None, head["stream"])
+    if not known or other or int(given) > head["seq"]:
+        reason = None if given is None else "other_stream" if other else "ahead" if known else "unknown"
+        return Cursor(head["seq"], False, reason)
+    pruned = int(given) < head["pruned"]
+    return Cursor(int(given), not pruned, "pruned" if pruned else None)
 
 
 def encode_sse(event: str, data: Any, seq: int | None = None) -> bytes:
@@ -1923,25 +2071,13 @@ def frame_line(frame: Frame) -> bytes:
     return b'{"event":"%s","id":%d,"data":%s}\n' % (frame.event.encode(), frame.seq, frame.body)
 
 
-class StreamFormat(NamedTuple):
-    """How a stream is written: media type, an event that is not in the log, a frame, a sign of life."""
-
-    mimetype: str
-    special: Callable[..., bytes]
-    frame: Callable[[Frame], bytes]
-    heartbeat: bytes
-    ends: bool  # whether it can say when to come back
-
-
+# How a stream is written: media type, an event that is not in the log, a frame, a sign of life, and whether
+# it can say when to come back.
+StreamFormat = namedtuple("StreamFormat", "mimetype special frame heartbeat ends")
 FORMATS = {
     "sse": StreamFormat("text/event-stream", encode_sse, lambda frame: frame.sse, b":\n\n", True),
     "ndjson": StreamFormat("application/x-ndjson", encode_line, frame_line, b"\n", False),
 }
-
-
-def retry_line() -> bytes:
-    """When to come back, jittered: a thousand readers must not return in the same moment."""
-    return b"retry: %d\n" % random.randint(1000, 3000)
 
 
 @functools.lru_cache(maxsize=1)
@@ -1950,24 +2086,26 @@ def joined(encode: Callable[[Frame], bytes], frames: tuple[Frame, ...]) -> bytes
     return b"".join([encode(frame) for frame in frames])
 
 
-def stream_bytes(style: StreamFormat, start: Cursor, head: sqlite3.Row, batches: Iterable) -> Iterator[bytes]:
-    """Write a stream: hello, reset where one is due, then batch by batch, with checkpoints and heartbeats."""
-    hello = {"stream": head["stream"], "seq": head["seq"], "resumed": start.resumed}
-    first = style.special("hello", hello)
+def stream_bytes(
+    style: StreamFormat, start: Cursor, head: sqlite3.Row, batches: Iterable, ends=lambda: False
+) -> Iterator[bytes]:
+    """Write a stream: hello, reset where due, batch by batch with checkpoints and heartbeats, and its end."""
+    retry = b"retry: %d\n" % random.randint(1000, 3000)  # a thousand readers must not return in one moment
+    first = style.special("hello", {"stream": head["stream"], "seq": head["seq"], "resumed": start.resumed})
     if start.reset:
         seq = max(start.seq, head["pruned"])
         first += style.special("reset", {"reason": start.reset, "seq": seq}, start.seq)
-    yield retry_line() + b"\n" + first if style.ends else first
+    yield retry + b"\n" + first if style.ends else first
     seen = told = cursor = start.seq
     written = time.monotonic()
     for frames, cursor in batches:
         chunk = joined(style.frame, tuple(frames)) if frames else b""
         told = frames[-1].seq if frames else told
-        quiet = cursor == seen or time.monotonic() - written > QUIET_SECONDS
-        if cursor - told >= CHECKPOINT_ROWS or (quiet and cursor > told):
+        silent = time.monotonic() - written > QUIET_SECONDS
+        if cursor - told >= (1 if silent or cursor == seen else CHECKPOINT_ROWS):
             chunk += style.special("checkpoint", {"seq": cursor}, cursor)
             told = cursor
-        elif quiet and not chunk and time.monotonic() - written > QUIET_SECONDS:
+        elif silent and not chunk:
             chunk = style.heartbeat
         seen = cursor
         if chunk:
@@ -1975,17 +2113,15 @@ def stream_bytes(style: StreamFormat, start: Cursor, head: sqlite3.Row, batches:
             written = time.monotonic()
     if cursor > told:
         yield style.special("checkpoint", {"seq": cursor}, cursor)
-
-
-def farewell(style: StreamFormat, broadcaster: Broadcaster) -> Iterator[bytes]:
-    """The end of a stream that the server ends: when to come back."""
-    if style.ends and broadcaster.closed:
-        yield retry_line() + b": come back later\n\n"
+    if style.ends and ends():
+        yield retry + b": come back later\n\n"
 
 
 # ======================================================================================================
 # monitor: the operations
 # ======================================================================================================
+
+SPOOL_SECONDS = 2
 
 
 class Monitor:
@@ -1995,6 +2131,7 @@ class Monitor:
         self.config = config
         self.broadcaster = Broadcaster()
         self.wrong_tries: deque[float] = deque()
+        self._in_thread = thread_pool(2)
         self._store: Store | None = None
         self._opening = threading.Lock()
 
@@ -2012,22 +2149,16 @@ class Monitor:
                 store = Store(self.config.database, self.broadcaster.publish)
                 self.broadcaster.head = store.read(lambda q: q.head()["seq"])
                 self._store = store
-                if self.config.retention:
-                    threading.Thread(target=self._retain, name="monitor-retention", daemon=True).start()
+                if self.config.tended:
+                    threading.Thread(target=self._tend, name="monitor-tender", daemon=True).start()
 
-    def _retain(self) -> None:
-        """Apply MONITOR_RETENTION now and every hour."""
-        while not self.broadcaster.closed:
-            for data_only, age in self.config.retention:
-                before = timestamp(datetime.datetime.now(datetime.UTC) - age)
-                with contextlib.suppress(Problem):
-                    while self.prune(before, data_only)[1]:
-                        pass
-            time.sleep(3600)
+    def masked(self, value: Any) -> Any:
+        """A value with what looks like a secret masked, unless that is not wanted."""
+        return redact(value) if self.config.redact else value
 
     def columns(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Cleaned fields as column values, masked; metadata is kept as text."""
-        values = redact(fields) if self.config.redact else fields
+        values = self.masked(fields)
         return values | ({"metadata": dump(values["metadata"])} if "metadata" in values else {})
 
     def close(self) -> None:
@@ -2044,7 +2175,8 @@ class Monitor:
         def operation(t: Transaction) -> str:
             workstream = values.pop("workstream_id", None)
             place = {} if workstream is None else {"workstream": t.one(WORKSTREAM, workstream)["number"]}
-            return t.add(kind, values | place)
+            t.add(kind, values | place)
+            return t.frames[-1].body.decode()
 
         return self.store.write(operation)
 
@@ -2068,19 +2200,99 @@ class Monitor:
         idempotency key the same that was `sent` before is not."""
         sent = fields if sent is None else sent
         digest = hashlib.sha256(json.dumps(sent, sort_keys=True).encode()).digest() if key else b""
-        fields = redact(fields) if self.config.redact else fields
+        fields = self.masked(fields)
 
         def operation(t: Transaction) -> tuple[str, bool]:
-            now = datetime.datetime.now(datetime.UTC)
-            earlier = t.claim_key(key, digest, now) if key else None
+            now = timestamp()
+            earlier = t.seen_key(key, digest, now) if key else None
             if earlier is not None:
-                return earlier, False
-            body = t.insert_update(t.one(TASK, fields["task_id"]), fields, moment or timestamp(now))
+                return t.update(earlier["seq"]), False
+            body = t.insert_update(t.one(TASK, fields["task_id"]), fields, moment or now)
             if key:
-                t.keep_key(key, digest, now)
+                t.keep_key(key, digest, now, t.frames[-1].seq)
             return body, True
 
         return self.store.write(operation)
+
+    def take_hook(self, hook: Hook, moment: str | None = None) -> None:
+        """Take in a hook of an agent: find or make its task, store what is worth it, and note whether the
+        run waits. Nothing comes of a hook that came before, or of a run that cannot be told from others."""
+        payload = self.masked(hook.payload)  # first: half a secret, cut off, looks like none
+        facts = {"event": "", "cwd": ""} | session_facts(hook.agent, payload, hook.event)
+        draft, place = agent_draft(hook.agent, payload, hook.event), None
+        known = self.store.read_here(lambda q: q.session(hook.agent, facts.get("session_id")))
+        if known is None or facts["event"] in ("SessionStart", "Stop", "SessionEnd"):
+            place = self._in_thread(find_place, facts["cwd"])
+        data = kept_data(draft.data)
+        if hook.time and isinstance(data, dict):
+            data["occurred_at"] = hook.time
+        draft = draft._replace(data=data)
+        facts["title"] = one_line(facts.get("prompt", ""), 80)
+        self.store.write(lambda t: record_hook(t, hook, facts, draft, place, moment or timestamp()))
+
+    def take_spooled(self) -> None:
+        """Take in what hooks on this machine kept while no server answered, oldest first."""
+        for path in [path for folder in self.config.spools for path in spooled(folder)]:
+            with contextlib.suppress(OSError):  # not ours to read; or its agent's next hook has sent it
+                try:
+                    self.take_hook(parse_spooled(Path(path).read_bytes()))
+                except Problem as problem:
+                    if problem.status >= 500:
+                        return
+                os.unlink(path)
+
+    def move_run(self, fields: dict[str, Any]) -> str:
+        """Give a run (its source), and its updates where asked for, to another task; returns that task."""
+        agent, _, identity = fields["source"].partition(":")
+
+        def operation(t: Transaction) -> str:
+            run, new = t.session(agent, identity), t.one(TASK, fields["task_id"])
+            if run is None:
+                raise Problem("not_found", f"no run {fields['source']}", "source")
+            if new["number"] != run["task"]:
+                t.move_session(run, new, fields.get("updates", False))
+            return dump(TASK.make(t.one(TASK, new["id"])))
+
+        return self.store.write(operation)
+
+    def link(self, fields: dict[str, Any]) -> str:
+        """Bind a folder or branch to a task; returns the task."""
+
+        def operation(t: Transaction) -> str:
+            task = t.one(TASK, fields["task_id"])
+            t.link(task["number"], link_name(fields))
+            return dump(TASK.make(task))
+
+        return self.store.write(operation)
+
+    def unlink(self, fields: dict[str, Any]) -> dict[str, int]:
+        """Unbind a folder or branch; returns how many were bound."""
+        return {"removed": self.store.write(lambda t: t.unlink(link_name(fields)))}
+
+    def _tend(self) -> None:
+        """What is to be done from time to time: spooled hooks, runs that fell silent, retention."""
+        for turn in itertools.count():
+            try:
+                self.take_spooled()
+                if turn % 5 == 0:
+                    before = shifted(timestamp(), -self.config.stuck_after.total_seconds())
+                    self.store.write(lambda t, before=before: t.silence(before))
+                if turn % 1800 == 0:
+                    self._retain()
+            except Problem:
+                pass  # the database cannot be used now
+            except Exception:  # whatever it is: the rest must go on
+                sys.excepthook(*sys.exc_info())
+            if self.broadcaster.closed:
+                return
+            time.sleep(SPOOL_SECONDS)
+
+    def _retain(self) -> None:
+        """Apply MONITOR_RETENTION."""
+        for data_only, age in self.config.retention:
+            before = shifted(timestamp(), -age.total_seconds())
+            while not self.broadcaster.closed and self.prune(before, data_only)[1]:
+                pass
 
     def redact_update(self, seq: int) -> str:
         """Wipe message and data of an update for good; returns its JSON. Problem (not_found)."""
@@ -2110,16 +2322,146 @@ class Monitor:
 
     def health(self) -> dict[str, Any]:
         """How the server is: database, writer, streams."""
-        head = self.store.read(lambda q: q.head())
         return {
             "status": "ok" if self.store.trouble is None else "degraded",
             "database": self.store.path,
             "writer": self.store.trouble or "ok",
             "streams": self.broadcaster.streams,
-            "seq": head["seq"],
+            "seq": self.store.read(lambda q: q.head()["seq"]),
             "version": __version__,
             "sqlite_version": sqlite3.sqlite_version,
         }
+
+
+def record_hook(t, hook: Hook, facts: dict[str, str], draft: Draft, place: Place | None, now: str) -> None:
+    """Store a hook, in one transaction: the update, the run's state, what its task then shows."""
+    moment = hook.time or now
+    if seen_before(t, hook, facts, moment):
+        return
+    run, task = find_run(t, hook, facts, draft, place, moment)
+    if task is None:
+        return
+    seq = None
+    if run is not None and folds(t.waiting(run), facts["event"], draft, moment):
+        draft = draft._replace(keep=False, state=None)
+    if draft.keep:
+        t.insert_update(task, draft_fields(task["id"], draft), now)
+        seq = t.frames[-1].seq
+    if run is not None:
+        note_run(t, run, facts, draft, place, moment, seq)
+        changes = task_after(run, task, draft, facts["title"], now)
+        if changes:
+            t.change(TASK, task["number"], changes | {"updated_at": now})
+        elif t.one(TASK, str(task["number"]))["attention"] != task["attention"]:
+            t.append_row(TASK, "updated", task["number"])
+
+
+def task_after(run: Any, task: Any, draft: Draft, title: str, now: str) -> dict[str, Any]:
+    """What an event changes in the task that was made for its run: the first prompt gives it its name; one
+    that was opened and closed again is put out of sight."""
+    if task["name"] != provisional_name(run["agent"], run["project"]):
+        return {}
+    if draft.kind == "user_prompt" and title:
+        return {"name": title, "hidden_at": None}
+    return {"hidden_at": now} if draft.state == "ended" and run["state"] == "new" else {}
+
+
+def seen_before(t: Transaction, hook: Hook, facts: dict[str, str], moment: str) -> bool:
+    """Whether it came before: by its key, its tool call, or as the same words seconds ago. Remembers it."""
+    call = facts.get("tool_use_id")
+    sent = json.dumps([hook.agent, hook.event, hook.payload], sort_keys=True).encode()
+    digest = hashlib.sha256(sent).digest()
+    if hook.key and t.seen_key(hook.key, digest, moment) is not None:
+        return True
+    # Senders' keys are printable: this one cannot be theirs.
+    own = "\n".join(["hook", hook.agent, facts.get("session_id", ""), facts["event"], call or digest.hex()])
+    seen, run = t.seen_key(own, b"", moment), t.session(hook.agent, facts.get("session_id"))
+    again = seen is not None
+    if again and not call:  # the same words: unless it is long ago, or the run has said something since
+        early, late = shifted(moment, -TWICE_SECONDS), shifted(moment, TWICE_SECONDS)
+        again = early < seen["created_at"] < late and (not run or run["seen_at"] <= seen["created_at"])
+    if not again:
+        t.keep_key(own, b"", moment, None)
+    if hook.key:
+        t.keep_key(hook.key, digest, moment, None)
+    return again
+
+
+def find_run(t, hook, facts, draft, place, moment) -> tuple[sqlite3.Row | None, sqlite3.Row | None]:
+    """The run that a hook is from, and its task. A run is made at its first word, with the first task that
+    fits: named by its environment; of the run that it continues; bound to its branch or folder; else a new
+    one. Without a session's id nobody can tell it from others: then only a named task counts."""
+    identity, named = facts.get("session_id"), None
+    if hook.task:
+        with contextlib.suppress(Problem):
+            named = t.find(TASK, FIELDS["task_id"].check(hook.task, "task_id"))
+    run = t.session(hook.agent, identity)
+    if run is not None and named is not None and hook.task != run["asked"]:
+        t.save_session(dict(run) | {"asked": hook.task})
+        t.move_session(run, named, updates=False)
+    elif run is None and identity and (named or draft.keep):
+        number = named["number"] if named else task_of_run(t, hook, facts, draft, place, moment)
+        values = {"agent": hook.agent, "id": identity, "task": number, "asked": hook.task if named else None}
+        values |= {"model": facts.get("model"), "folder": facts["cwd"], **place._asdict()}
+        times = dict.fromkeys(("started_at", "seen_at", "heard_at", "since"), moment)
+        t.save_session(values | times)
+    run = t.session(hook.agent, identity)
+    return run, t.one(TASK, str(run["task"])) if run else named
+
+
+def task_of_run(t: Transaction, hook: Hook, facts: dict, draft: Draft, place: Place, moment: str) -> int:
+    """The number of the task that a new run goes on with: after a clear or fork that of the run before it,
+    else one bound to where it works, else a new one in its repository's workstream."""
+    cwd = facts["cwd"]
+    if facts["event"] == "SessionStart" and facts.get("source") in ("clear", "fork"):
+        since, cleared = shifted(moment, -FOLLOW_SECONDS), facts["source"] == "clear"
+        before = t.run_before(hook.agent, cwd, since, cleared)
+        if before is not None:
+            t.save_session(dict(before) | {"state": "replaced"})
+            return before["task"]
+    linked = t.linked_task(cwd, place)
+    if linked is not None:
+        return linked["number"]
+    title = facts["title"] if draft.kind == "user_prompt" else ""
+    values = {"name": title or provisional_name(hook.agent, place.project), "created_at": moment}
+    values |= {"workstream": t.folder_workstream(place.project, moment), "updated_at": moment}
+    return t.add(TASK, values)
+
+
+def provisional_name(agent: str, project: str) -> str:
+    """The name of a run's task until its first prompt."""
+    name = PurePath(project.replace("\\", "/")).name
+    return f"{AGENTS[agent]} in {name}" if name else AGENTS[agent]
+
+
+def note_run(t, run, facts, draft, place, moment, seq) -> None:
+    """Bring a run up to date after an event; what a subagent asks stands in a row of its own."""
+    state, subagent = settled(run, facts["event"], draft, facts, moment), facts.get("agent_id")
+    told = {"state": state, "message": draft.message, "since": moment, "seq": seq}
+    told["tool"] = facts.get("tool_name")
+    changes = {"seen_at": max(moment, run["seen_at"]), "model": facts.get("model") or run["model"]}
+    late = late_for(run, moment)
+    if not subagent and not late:
+        changes |= {"heard_at": max(moment, run["heard_at"]), "folder": facts["cwd"] or run["folder"]}
+    if place and place.project == run["project"]:
+        changes["branch"] = place.branch
+    if not late and (subagent or facts["event"] in ("UserPromptSubmit", "Stop", "SessionEnd")):
+        t.end_subagents(run["agent"], run["id"], subagent)
+    if subagent and draft.state == "blocked":
+        if not late and run["state"] not in ("ended", "replaced"):
+            t.save_session(dict(run) | told | {"subagent": subagent, "state": "blocked"})
+    elif state and not state == run["state"] == "working":
+        changes |= told
+    elif seq and run["state"] == "working":
+        changes["seq"] = seq
+    t.save_session(dict(run) | changes)
+
+
+def link_name(fields: dict[str, Any]) -> dict[str, Any]:
+    """What a link names, as runs name it: the path of a folder is absolute, without a slash at its end."""
+    if fields["link"] == "folder" and not re.match(r"/|[A-Za-z]:[/\\]", fields["value"]):
+        raise invalid("value must be the absolute path of a folder", "value")
+    return fields | ({"value": fields["value"].rstrip("/\\") or "/"} if fields["link"] == "folder" else {})
 
 
 def task_changes(t: Transaction, row: sqlite3.Row, values: dict[str, Any], now: str) -> dict[str, Any]:
@@ -2138,8 +2480,7 @@ def task_changes(t: Transaction, row: sqlite3.Row, values: dict[str, Any], now: 
 
 def draft_fields(task_id: str, draft: Draft) -> dict[str, Any]:
     """What an adapter made, as the fields of an update."""
-    fields = {"task_id": task_id, "source": draft.source, "message": draft.message, "kind": draft.kind}
-    return fields | {"level": draft.level, "tags": list(draft.tags), "data": draft.data}
+    return draft._asdict() | {"task_id": task_id, "tags": list(draft.tags)}
 
 
 # ======================================================================================================
@@ -2204,34 +2545,27 @@ def open_session(secret: bytes, token: bytes, now: float) -> str:
     return f"{start}.{sign(secret, token, start.encode())}"
 
 
-def session_valid(cookie: str, secret: bytes, tokens: tuple[bytes, ...], now: float) -> bool:
-    """Whether a session cookie is ours, has not run out, and its token is still one of ours."""
-    found = re.fullmatch(r"(([0-9]{1,12})\.[0-9a-f]{16})\.([0-9a-f]{64})", cookie, re.ASCII)
-    if not found or int(found[2]) < now:
-        return False
-    return any(hmac.compare_digest(found[3], sign(secret, token, found[1].encode())) for token in tokens)
-
-
 def cookie_name() -> str:
     """Cookies know no port: without it in the name, servers on one host would share their sessions."""
     return f"monitor_session_{flask.request.environ.get('SERVER_PORT', '')}"
 
 
 def logged_in() -> bool:
-    """Whether the request carries a browser session that holds."""
+    """Whether the request has a browser session that goes on and whose token is still one of ours."""
     cookie, served = flask.request.cookies.get(cookie_name(), ""), monitor()
-    if not cookie or not served.config.tokens:
+    found = re.fullmatch(r"(([0-9]{1,12})\.[0-9a-f]{16})\.([0-9a-f]{64})", cookie, re.ASCII)
+    if not found or int(found[2]) < time.time() or not served.config.tokens:
         return False
     head, ended = served.store.read_here(lambda q: (q.head(), q.session_ended(cookie)))
-    return not ended and session_valid(cookie, head["secret"], served.config.tokens, time.time())
+    signatures = [sign(head["secret"], token, found[1].encode()) for token in served.config.tokens]
+    return not ended and any(hmac.compare_digest(found[3], known) for known in signatures)
 
 
 def token_needed(config: Config) -> bool:
     """Whether the current request needs a token or a session."""
     request = flask.request
-    if request.path == "/health" and not request.args.get("full"):
-        return False
-    if request.path == "/login" or request.path.startswith("/static/"):
+    short_health = request.path == "/health" and not request.args.get("full")
+    if short_health or request.path == "/login" or request.path.startswith("/static/"):
         return False
     if config.auth_mode == "strict" and not config.tokens:
         raise misconfigured("strict mode needs tokens: set MONITOR_API_TOKENS")
@@ -2286,34 +2620,19 @@ def items(texts: list[str], total: int | None):
 
 def read_body(limit: int = MAX_BODY) -> bytes:
     """The request's body; Problem (too_large, timed_out, invalid_input)."""
-    environ, raw, chunk = flask.request.environ, b"", b"-"
-    length = environ.get("CONTENT_LENGTH") or ("" if environ.get("wsgi.input_terminated") else "0")
-    if length and not re.fullmatch("[0-9]{1,18}", length, re.ASCII):
-        raise invalid("Content-Length is not a number")
-    wanted = int(length) if length else limit + 1
-    source = environ["wsgi.input"]
-    if isinstance(source, io.RawIOBase):
+    request = flask.request
+    if isinstance(request.environ["wsgi.input"], io.RawIOBase):
         # Werkzeug's decoder of chunks reports more than it read: RawIOBase.read would copy memory behind it.
-        source = io.BufferedReader(source)
-    try:
-        while chunk and len(raw) < wanted and int(length or 0) <= limit:
-            chunk = source.read(wanted - len(raw))
-            raw += chunk
-    except TimeoutError:
-        raise Problem("timed_out", "the body took too long to arrive") from None
-    except (OSError, ValueError):
-        raise invalid("the body was not received whole") from None
-    if max(len(raw), int(length or 0)) > limit:
-        raise Problem("too_large", f"the body has more than {limit} bytes")
-    if length and len(raw) < wanted:
-        raise invalid("the body was not received whole")
+        request.environ["wsgi.input"] = io.BufferedReader(request.environ["wsgi.input"])
+    request.max_content_length = limit + 1  # at its own limit Werkzeug cuts chunks off without a word
+    if (request.content_length or 0) > limit or len(raw := request.get_data(cache=False)) > limit:
+        flask.abort(413)
     return raw
 
 
 def json_body(limit: int = MAX_BODY) -> Any:
     """The request's JSON. The media type must say so: a foreign page cannot send it without being asked."""
-    kind = flask.request.mimetype
-    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+    if not flask.request.is_json:
         raise Problem("unsupported_media_type", "the body must be JSON: Content-Type: application/json")
     return parse_json(read_body(limit))
 
@@ -2341,30 +2660,38 @@ def read_path() -> None:
 
 def health():
     """Whether the server answers; with full=1, how it is."""
-    full = flask.request.args.get("full")
-    return answer(dump(monitor().health() if full else {"status": "ok"}))
+    return answer(dump(monitor().health() if flask.request.args.get("full") else {"status": "ok"}))
+
+
+def list_all(read: Callable[[Queries, dict[str, Any]], list[dict[str, Any]]], wanted: Fields):
+    """The objects that the query asks for."""
+    asked = query(wanted)
+    found = monitor().store.read(lambda q: read(q, asked))
+    return items([dump(each) for each in found], len(found))
+
+
+def show_one(kind: Kind, reference: str):
+    """One workstream or task."""
+    return answer(monitor().store.read_here(lambda q: dump(kind.make(q.one(kind, reference)))))
 
 
 def kind_routes(kind: Kind, read: Callable[[Queries, dict[str, Any]], list[dict[str, Any]]], wanted: Fields):
     """The routes of the API that make, list, show and change workstreams or tasks."""
-
-    def list_all():
-        """Those that the query asks for."""
-        asked = query(wanted)
-        found = monitor().store.read(lambda q: read(q, asked))
-        return items([dump(each) for each in found], len(found))
-
-    def show_one(reference: str):
-        """One of them."""
-        return answer(monitor().store.read_here(lambda q: dump(kind.make(q.one(kind, reference)))))
-
-    def change_one(reference: str):
-        """Change one of them."""
-        return answer(monitor().change(kind, reference, json_body()))
-
     place, one = f"/api/{kind.table}", f"/api/{kind.table}/<reference>"
-    create_one = ("POST", place, lambda: answer(monitor().create(kind, json_body()), 201))
-    return create_one, ("GET", place, list_all), ("GET", one, show_one), ("PATCH", one, change_one)
+    return (
+        ("POST", place, lambda: answer(monitor().create(kind, json_body()), 201)),
+        ("GET", place, lambda: list_all(read, wanted)),
+        ("GET", one, lambda reference: show_one(kind, reference)),
+        ("PATCH", one, lambda reference: answer(monitor().change(kind, reference, json_body()))),
+    )
+
+
+def idempotency_key() -> str | None:
+    """The Idempotency-Key header, checked."""
+    key = flask.request.headers.get("Idempotency-Key")
+    if key is not None and not re.fullmatch(r"[\x20-\x7e]{1,200}", key):
+        raise invalid("Idempotency-Key must be 1 to 200 printable ASCII characters")
+    return key
 
 
 def post_update(
@@ -2373,11 +2700,8 @@ def post_update(
     """Store an update, or the one that `draft` makes of a payload; `own` are fields that no client sets.
     201, or 200 when its idempotency key has been seen with the same body."""
     posted = clean(json_body(limit), wanted) | own
-    key = flask.request.headers.get("Idempotency-Key")
-    if key is not None and not re.fullmatch(r"[\x20-\x7e]{1,200}", key):
-        raise invalid("Idempotency-Key must be 1 to 200 printable ASCII characters")
-    made = draft_fields(posted["task_id"], draft(posted)) if draft else posted
-    body, created = monitor().add_update(made, key, posted)
+    made = draft_fields(posted["task_id"], draft(monitor().masked(posted))) if draft else posted
+    body, created = monitor().add_update(made, idempotency_key(), posted)
     return answer(body, 201 if created else 200)
 
 
@@ -2391,6 +2715,23 @@ def webhook_draft(posted: dict[str, Any]) -> Draft:
     return github_draft(posted["payload"], posted.get("headers"))
 
 
+def receive_hook(agent: str):
+    """Take in an agent's hook as it is; 204 whatever becomes of it."""
+    if agent not in (*AGENTS, "spooled"):
+        raise Problem("not_found", f"no such agent: {agent[:60]!r}; known are {', '.join(AGENTS)}")
+    request, raw = flask.request, read_body(MAX_WEBHOOK)
+    if agent == "spooled":
+        hook = parse_spooled(raw)
+        if monitor().config.database is None:
+            raise Problem("unavailable", "a temporary database keeps nothing: what waits in a spool waits on")
+    else:
+        task = request.args.get("task_id") or request.headers.get("X-Monitor-Task", "").strip()
+        event = request.args.get("event")
+        hook = Hook(agent, parse_hook(raw), event, task or None, idempotency_key())
+    monitor().take_hook(hook)
+    return flask.Response(status=204)
+
+
 def list_updates():
     """One page of updates."""
     wanted = query(UPDATE_QUERY)
@@ -2400,12 +2741,11 @@ def list_updates():
 def stream():
     """Follow the log: SSE, or NDJSON; with poll=1 what there is, then the end."""
     request, broadcaster, store = flask.request, monitor().broadcaster, monitor().store
-    wanted, accepts = query(STREAM_FILTER), request.headers.get("Accept", "")
-    lines = request.args.get("format") == "ndjson" or "application/x-ndjson" in accepts
+    wanted, accepted = query(STREAM_FILTER), request.headers.get("Accept", "")
+    lines = request.args.get("format") == "ndjson" or "application/x-ndjson" in accepted
     style = FORMATS["ndjson" if lines else "sse"]
-    names = ("lastEventId", "last_event_id", "after_seq")
-    cursors = [request.headers.get("Last-Event-ID"), *(request.args.get(name) for name in names)]
-    given = next((text for text in cursors if text), None)
+    named = (request.args.get(name) for name in ("lastEventId", "last_event_id", "after_seq"))
+    given = next(filter(None, (request.headers.get("Last-Event-ID"), *named)), None)
     head, chosen = store.read_here(lambda q: (q.head(), q.filter(wanted)))
     start = place_cursor(given, request.args.get("stream"), head)
     full = broadcaster.streams >= MAX_STREAMS or broadcaster.closed
@@ -2413,7 +2753,7 @@ def stream():
         body: Iterable[bytes] = [b"retry: 30000\n: too many streams\n\n"] if style.ends else []
     else:
         batches = follow(store, broadcaster, start.seq, chosen, request.args.get("poll") in ("1", "true"))
-        body = itertools.chain(stream_bytes(style, start, head, batches), farewell(style, broadcaster))
+        body = stream_bytes(style, start, head, batches, lambda: broadcaster.closed)
         broadcaster.streams += 1
     headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-store"}
     response = flask.Response(body, mimetype=style.mimetype, headers=headers)
@@ -2425,13 +2765,9 @@ def stream():
 def send_backup():
     """The database, as it is at this moment, as a file."""
     with tempfile.TemporaryDirectory(prefix="monitor-backup-") as folder:
-        monitor().store.backup(os.path.join(folder, "monitor.db"))
-        file = open(os.path.join(folder, "monitor.db"), "rb")  # noqa: SIM115 (the response closes it)
-    chunks = iter(lambda: file.read(256 * 1024), b"")
-    response = flask.Response(chunks, mimetype="application/vnd.sqlite3")
-    response.content_length = os.fstat(file.fileno()).st_size
-    response.call_on_close(file.close)
-    return response
+        path = os.path.join(folder, "monitor.db")
+        monitor().store.backup(path)
+        return flask.send_file(path, "application/vnd.sqlite3", conditional=False, etag=False)
 
 
 def prune_updates():
@@ -2488,10 +2824,10 @@ def page(template: str, status: int = 200, **values: Any):
     return flask.render_template(template, **values), status
 
 
-def show_page(template: str, read: Callable[[Queries, dict[str, Any]], dict[str, Any]], names: str):
-    """A page of what `read` finds in the database for a query of these names."""
+def show_page(template: str, read: Callable[..., dict[str, Any]], names: str, **named: str):
+    """A page of what `read` finds in the database for a query of these names, and what its path names."""
     wanted = query(fields(names))
-    return page(template, **monitor().store.read(lambda q: read(q, wanted)))
+    return page(template, **monitor().store.read(lambda q: read(q, wanted, **named)))
 
 
 def dashboard(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -2513,18 +2849,14 @@ def thread(q: Queries, chosen: Filter, wanted: dict[str, Any]) -> dict[str, Any]
     return {"updates": updates, "older": last if more else None}
 
 
-def task_page(reference: str):
-    """One task: its forms and its thread, newest first."""
-
-    def read(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
-        row = q.one(TASK, reference)
-        chosen = Filter(task=row["number"])
-        workstream = WORKSTREAM.make(q.one(WORKSTREAM, row["workstream_id"]))
-        found = {"task": TASK.make(row), "workstream": workstream}
-        found |= {"workstreams": q.workstreams({}), "total": q.updates(chosen, {"limit": 1})[1]}
-        return found | thread(q, chosen, wanted)
-
-    return show_page("task.html", read, "before_seq")
+def one_task(q: Queries, wanted: dict[str, Any], reference: str) -> dict[str, Any]:
+    """One task, for its forms, and its thread, newest first."""
+    row = q.one(TASK, reference)
+    chosen = Filter(task=row["number"])
+    workstream = WORKSTREAM.make(q.one(WORKSTREAM, row["workstream_id"]))
+    found = {"task": TASK.make(row), "workstream": workstream, "workstreams": q.workstreams({})}
+    found["runs"] = q.of_task("session_rows", {"task_id": row["id"]})
+    return found | {"total": q.updates(chosen, {"limit": 1})[1]} | thread(q, chosen, wanted)
 
 
 def whole_thread(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -2556,6 +2888,13 @@ def see_other(place: str, stored: str):
     return flask.redirect(place.format(**json.loads(stored)), 303)
 
 
+def take_form(place: str, kind: Kind, **named: str):
+    """Make a workstream or task as a form says, or change the one that is named; go on to its page."""
+    if named:
+        return see_other(place, monitor().change(kind, payload=form(kind.changes), **named))
+    return see_other(place, monitor().create(kind, form(kind.new)))
+
+
 def add_update_form(reference: str):
     """The task page's form for an update."""
     posted = form(MANUAL_UPDATE, blanks=False) | {"task_id": reference}
@@ -2563,9 +2902,9 @@ def add_update_form(reference: str):
     return see_other("/tasks/{task_id}#u{seq}", body)
 
 
-def change_task_form(reference: str):
-    """The task page's forms for name, status, summary, workstream and hiding."""
-    return see_other("/tasks/{id}", monitor().change(TASK, reference, form(TASK_CHANGES)))
+def move_run_form(reference: str):
+    """The task page's form that gives a run to another task."""
+    return see_other("/tasks/{id}", monitor().move_run(clean(form(SESSION_MOVE, blanks=False), SESSION_MOVE)))
 
 
 def static_file(name: str):
@@ -2588,6 +2927,12 @@ ROUTES = (  # an answer of one expression stands here
     ("POST", "/api/updates/manual", lambda: post_update(MANUAL_UPDATE, source="manual")),
     ("POST", "/api/updates/claude-hook", lambda: post_update(CLAUDE_HOOK, claude_draft)),
     ("POST", "/api/updates/github-webhook", lambda: post_update(GITHUB_WEBHOOK, webhook_draft, MAX_WEBHOOK)),
+    ("POST", "/api/hooks/<agent>", receive_hook),
+    ("GET", "/api/sessions", lambda: list_all(lambda q, asked: q.of_task("session_rows", asked), OF_TASK)),
+    ("POST", "/api/sessions/move", lambda: answer(monitor().move_run(clean(json_body(), SESSION_MOVE)))),
+    ("GET", "/api/links", lambda: list_all(lambda q, asked: q.of_task("link_rows", asked), OF_TASK)),
+    ("POST", "/api/links", lambda: answer(monitor().link(clean(json_body(), LINK)), 201)),
+    ("POST", "/api/links/remove", lambda: answer(dump(monitor().unlink(clean(json_body(), LINK_NAME))))),
     ("GET", "/api/updates", list_updates),
     ("GET", "/api/updates/<seq>", lambda seq: answer(monitor().store.read_here(lambda q: q.update(seq)))),
     ("POST", "/api/updates/<seq>/redact", lambda seq: answer(monitor().redact_update(seq))),
@@ -2600,23 +2945,19 @@ ROUTES = (  # an answer of one expression stands here
     ("POST", "/logout", log_out),
     ("GET", "/", lambda: flask.redirect("/dashboard", 303)),
     ("GET", "/dashboard", lambda: show_page("dashboard.html", dashboard, "")),
-    ("GET", "/tasks/<reference>", task_page),
+    ("GET", "/tasks/<reference>", lambda **named: show_page("task.html", one_task, "before_seq", **named)),
     ("GET", "/stream", lambda: show_page("stream.html", whole_thread, "before_seq q")),
-    (
-        "POST",
-        "/workstreams",
-        lambda: see_other("/dashboard", monitor().create(WORKSTREAM, form(NEW_WORKSTREAM))),
-    ),
-    ("POST", "/tasks", lambda: see_other("/tasks/{id}", monitor().create(TASK, form(NEW_TASK)))),
-    ("POST", "/tasks/<reference>", change_task_form),
+    ("POST", "/workstreams", lambda: take_form("/dashboard", WORKSTREAM)),
+    ("POST", "/tasks", lambda: take_form("/tasks/{id}", TASK)),
+    ("POST", "/tasks/<reference>", lambda **named: take_form("/tasks/{id}", TASK, **named)),
     ("POST", "/tasks/<reference>/updates", add_update_form),
+    ("POST", "/tasks/<reference>/runs", move_run_form),
     ("GET", "/static/<name>", static_file),
 )
 
 
 def problem_of(error: Exception) -> Problem:
-    """Any error as a Problem. What Flask refuses has a code; all else is a fault of ours: its trace goes to
-    the log, one sentence to the client."""
+    """Any error as a Problem. What Flask does not know is a fault of ours: its trace goes to the log."""
     from werkzeug.exceptions import HTTPException
 
     if isinstance(error, Problem):
@@ -2625,7 +2966,10 @@ def problem_of(error: Exception) -> Problem:
         flask.current_app.logger.exception("unexpected error")
         return Problem("internal_error", "something went wrong in the server; its log says what")
     codes = {status: code for code, status in STATUS_OF.items() if code != "internal_error"}
-    messages = {404: f"no such path: {flask.request.path[:200]}", 405: "this path does not take that method"}
+    if isinstance(error.__context__, TimeoutError):
+        return Problem("timed_out", "the body took too long to arrive")
+    messages = {400: "the request is malformed, or was not received whole", 413: "the body is too large"}
+    messages |= {404: f"no such path: {flask.request.path[:200]}", 405: "this path does not take that method"}
     message = messages.get(error.code, error.description or error.name)
     return Problem(codes.get(error.code, "invalid_input"), message)
 
@@ -2634,10 +2978,8 @@ def show_error(error: Exception):
     """An error as JSON, or as a page where a browser asked for one."""
     problem = problem_of(error)
     if wants_page():
-        title = problem.code.replace("_", " ").capitalize()
         # Not by page(): whether somebody is logged in stands in the database, which may be the trouble.
-        values = {"status": problem.status, "title": title, "message": problem.message}
-        shown = flask.render_template("error.html", version=__version__, **values)
+        shown = flask.render_template("error.html", version=__version__, problem=problem)
         response = flask.make_response(shown, problem.status)
     else:
         response = answer(dump(problem.body()), problem.status)
@@ -2713,27 +3055,21 @@ def listen(host: str, port: int):
 
 
 class TimedInput:
-    """A request body that must arrive before a deadline, however slowly it drips."""
+    """A request body that must arrive before a deadline, however slowly it drips: else TimeoutError. An
+    error ends the connection. pywsgi discards what the app did not read before it reads the next request."""
 
     def __init__(self, handler: Any, body: Any):
-        self._handler, self._body, self._deadline = handler, body, time.monotonic() + BODY_SECONDS
+        deadline = time.monotonic() + BODY_SECONDS
 
-    def read(self, size: int = -1) -> bytes:
-        """Read like a file; TimeoutError after the deadline. An error ends the connection."""
-        try:
-            with self._handler.limit(self._deadline - time.monotonic()):
-                return self._body.read(size)
-        except OSError:
-            self._handler.close_connection = True
-            raise
+        def in_time(take: Callable, *size: int) -> Any:
+            try:
+                with handler.limit(deadline - time.monotonic()):
+                    return take(*size)
+            except OSError:
+                handler.close_connection = True
+                raise
 
-    def _discard(self) -> None:
-        """Skip what the app did not read; pywsgi calls it before it reads the next request."""
-        try:
-            with self._handler.limit(self._deadline - time.monotonic()):
-                self._body._discard()
-        except TimeoutError:
-            self._handler.close_connection = True
+        self.read, self._discard = (functools.partial(in_time, take) for take in (body.read, body._discard))
 
 
 def read_head(stream: Any) -> bytes:
@@ -2863,14 +3199,12 @@ def thread_server(listener, app, access_log: bool):
     class Handler(serving.WSGIRequestHandler):
         protocol_version = "HTTP/1.1"
         timeout = IDLE_SECONDS
+        version_string = staticmethod(str)  # nobody needs to know it
 
         def log_request(self, code="-", size="-"):
             if access_log:
                 path = re.sub(r"[^\x20-\x7e]", "?", self.path.partition("?")[0])[:500]
                 sys.stderr.write(f"{self.address_string()} {self.command} {path} {code}\n")
-
-        def version_string(self):
-            return ""
 
         def send_error(self, code, message=None, explain=None):
             self.close_connection = True
@@ -2951,165 +3285,315 @@ def on_signals(with_gevent: bool) -> threading.Event:
 
 
 # ======================================================================================================
+# hooks: agents plugged in: their settings, the hook that they run, the spool while no server answers
+# ======================================================================================================
+
+HOOK_SECONDS = 2  # an agent waits for its hooks
+HOOK_MARKS = (": monitor-hook;", '"_monitor": true')  # our entries are known by one of them
+MAX_SPOOLED = 1000
+SPOOL_HEADERS = {"Content-Type": "application/vnd.monitor.hook"}
+UNTAKEN = (0, 401, *range(500, 600))  # nobody there, not let in, a server in trouble: the event is kept
+Hooks = list[tuple[str, dict[str, Any]]]  # (event, entry), as in an agent's settings
+
+
+@functools.cache
+def hook_agents() -> dict[str, dict[str, Any]]:
+    """What templates/hooks.toml says, by agent."""
+    import tomllib
+
+    found = tomllib.loads(asset("templates", "hooks.toml").decode())
+    return {agent: row | {"events": table(row["events"])} for agent, row in found.items()}
+
+
+def hook_entry(agent: str, event: str, server: str, http: bool) -> dict[str, Any]:
+    """What an agent's settings hold for one event: the shell's one-liner, or the agent's own POST."""
+    row = hook_agents()[agent]
+    script = " ".join(re.findall("^[^#].*", asset("templates", "hook.sh").decode(), re.M))
+    told = {"AGENT": agent, "SERVER": server, "QUERY": row.get("query", ""), "EVENT": row.get("event", "")}
+    for name, value in told.items():
+        script = script.replace(f"@{name}@", value.replace("$EVENT", event))
+    entry = row["http" if http and event not in row["http_never"] else "entry"]
+    entry = entry.replace('"$URL"', json.dumps(f"{server}/api/hooks/{agent}"))
+    matcher = [{"matcher": each} for each in row["events"][event][1:]]
+    return dict(*matcher) | json.loads(entry.replace('"$COMMAND"', json.dumps(script)))
+
+
+def version_key(text: str | None) -> tuple[int, ...]:
+    """The first version number in a text, to be compared; () when there is none."""
+    found = re.search(r"\d+(?:\.\d+)+", text or "")
+    return tuple(map(int, found[0].split("."))) if found else ()
+
+
+def agent_version(agent: str) -> str | None:
+    """The version of an agent's program; None where it cannot be told."""
+    import subprocess
+
+    ask = {"args": [hook_agents()[agent]["program"], "--version"], "stdin": subprocess.DEVNULL, "timeout": 20}
+    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+        told = subprocess.run(**ask, capture_output=True, encoding="utf-8").stdout
+        return ".".join(map(str, version_key(told))) or None
+
+
+def wanted_hooks(agent: str, server: str, version: str | None, http: bool = False) -> Hooks:
+    """Our entries for an agent of this version (None: unknown): only events that it knows."""
+    row = hook_agents()[agent]
+    known = version_key(version or row.get("assume"))
+    if not re.fullmatch(r"https?://[\w.:/~%\[\]-]+", server, re.ASCII):
+        raise invalid(f"{server!r} cannot stand in a hook; it must look like http://127.0.0.1:3000")
+    if http and ("http" not in row or known < version_key(row["http_since"])):
+        raise invalid(f"{agent} {version or ''} cannot post by itself; leave out --http")
+    events = [event for event, (since, *_) in row["events"].items() if version_key(since) <= known]
+    return [(event, hook_entry(agent, event, server, http)) for event in events]
+
+
+def without_comments(text: str) -> str:
+    """A JSON text with blanks for // and /* */ comments and the byte order mark: nothing else moves."""
+    pattern = r'("(?:[^"\\]|\\.)*")|//[^\n]*|/\*.*?\*/|^\ufeff'
+    return re.sub(pattern, lambda found: found[1] or re.sub(r"\S", " ", found[0]), text, flags=re.S)
+
+
+def hooks_in(text: str) -> dict[str, list]:
+    """The hooks in a settings text; ValueError where entries cannot be added to it."""
+    settings = DECODER.decode(without_comments(text)) if text.strip() else {}
+    hooks = settings.get("hooks", {}) if isinstance(settings, dict) else None
+    if not isinstance(hooks, dict) or not all(isinstance(entries, list) for entries in hooks.values()):
+        raise ValueError("it is no JSON object with lists of hooks")
+    return hooks
+
+
+def split_entries(entries: list) -> tuple[list, list]:
+    """The entries that came from us, and the others; a group that holds both is in both, with its share."""
+    sides: tuple[list, list] = ([], [])
+    for entry in entries:
+        group = entry.get("hooks") if isinstance(entry, dict) else None
+        if group and isinstance(group, list):
+            parts = zip(sides, split_entries(group), strict=True)
+            [side.append(entry | {"hooks": part}) for side, part in parts if part]
+        else:
+            written = json.dumps(entry)
+            sides[not any(mark in written for mark in HOOK_MARKS)].append(entry)
+    return sides
+
+
+def our_hooks(text: str | None) -> Hooks:
+    """The entries in a settings text that came from us."""
+    hooks = hooks_in(text or "")
+    return [(event, entry) for event in hooks for entry in split_entries(hooks[event])[0]]
+
+
+def with_hooks(text: str | None, wanted: Hooks, agent: str) -> str:
+    """A settings text with these entries of ours, each the last one of its event, and no others of ours. It
+    stays as it is where that is so. Else only the value of "hooks" is written anew, all around it stays to
+    the byte; comments inside that value, where an agent allows any, are lost."""
+    text = text if text and text.strip() else hook_agents()[agent].get("frame", "{}\n")
+    if sorted(our_hooks(text), key=str) == sorted(wanted, key=str):
+        return text
+    old, hooks = hooks_in(text), {}
+    for event, entries in old.items():
+        theirs = split_entries(entries)[1]
+        hooks |= {event: theirs} if theirs or not entries else {}
+    for event, entry in wanted:
+        hooks.setdefault(event, []).append(entry)
+    return put_hooks(text, hooks)
+
+
+def put_hooks(text: str, hooks: dict[str, list]) -> str:
+    """A JSON object's text with another value of "hooks"; none, when there is nothing in it."""
+    plain, newline = without_comments(text), "\r\n" if "\r\n" in text else "\n"
+    unit = (re.match(r"[^{]*\{\s*?\n([ \t]+)\S", plain) or ["", "  "])[1]
+    written = json.dumps(hooks, indent=unit, ensure_ascii=False).replace("\n", newline + unit)
+    written = re.sub("[\ud800-\udfff]", lambda found: json.dumps(found[0])[1:-1], written)
+    close = plain.rindex("}")
+    last = len(plain[:close].rstrip())  # where the last member ends, or behind the opening bracket
+    for found in re.finditer(r'"hooks"\s*:\s*', plain):
+        end = DECODER.raw_decode(plain, found.end())[1]
+        if DECODER.decode(plain[: found.end()] + '"here"' + plain[end:]).get("hooks") != "here":
+            continue  # a member of something else
+        if hooks or end < last:
+            return text[: found.end()] + written + text[end:]
+        lead = re.search(r",?\s*$", plain[: found.start()]).start()
+        kept = text[lead : found.start()].removeprefix(",").rstrip()
+        return text[:lead] + kept + ("" if re.match(r"\s*\n", text[end:]) else newline) + text[end:]
+    comma = "," if last > plain.index("{") + 1 else ""
+    rest = re.search(r"\s*$", text[last:close])[0]
+    comment = text[last : close - len(rest)]
+    rest = rest if "\n" in rest else newline
+    return f'{text[:last]}{comma}{comment}{newline}{unit}"hooks": {written}{rest}{text[close:]}'
+
+
+class HookFile:
+    """An agent's settings file: its text (None: no file), and our entries in it."""
+
+    def __init__(self, agent: str, project: bool):
+        self.agent, self.row = agent, hook_agents()[agent]
+        folder = os.path.expanduser(os.environ.get(self.row.get("home", "")) or self.row["folder"])
+        here = [place for place in (Path.cwd(), *Path.cwd().parents) if (place / ".git").exists()]
+        repository = [*here, Path.cwd()][0]
+        self.name = f"{repository}/{self.row['project']}" if project else f"{folder}/{self.row['file']}"
+        self.path = os.path.realpath(self.name)
+        self.backup = f"{self.path}.monitor-backup"
+        self.text = self.read(self.path)
+        self.ours = our_hooks(self.text)
+
+    def read(self, path: str) -> str | None:
+        """A file's text; Problem where entries cannot be added to it."""
+        try:
+            text = Path(path).read_bytes().decode()
+            hooks_in(text)
+            if not self.row.get("comments") and text.strip():
+                json.loads(text.removeprefix("\ufeff"))
+            return text
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError) as error:  # ValueError: JSON, UTF-8
+            raise invalid(f"cannot read {path}: {error}; mend it first, nothing was changed") from None
+
+    def original(self) -> str | None:
+        """What the file was before us: the backup to the byte, where nothing else was changed since."""
+        with contextlib.suppress(Problem):
+            for before in (self.read(self.backup), None):
+                if self.ours and self.text == with_hooks(before, self.ours, self.agent):
+                    return before
+        return with_hooks(self.text, [], self.agent) if self.ours else self.text
+
+    def write(self, text: str | None, backup: str | None) -> None:
+        """Put a text in place of the file (None: remove it), and beside it what it was before."""
+        folder = os.path.dirname(self.path)
+        for place in filter(os.path.exists, (self.path, folder)):  # a rename would not mind the file's mode
+            if not (os.stat(place).st_mode & 0o222 and os.access(place, os.W_OK)):
+                raise invalid(f"{place} is read-only; nothing was changed")
+        try:
+            os.makedirs(folder, exist_ok=True)
+            mode = os.stat(self.path).st_mode & 0o7777 if self.text is not None else 0o644
+            steps = ((self.backup, backup), (self.path, text))
+            for path, whole in sorted(steps, key=lambda step: step[1] is None):  # nothing goes too early
+                if whole is None:
+                    Path(path).unlink(missing_ok=True)
+                    continue
+                with new_file(path, mode) as file:
+                    file.write(whole.encode())
+        except OSError as error:
+            raise invalid(f"cannot write {self.path}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def new_file(path: str, mode: int = 0o600) -> Iterator[io.BufferedWriter]:
+    """A file to write: it takes its place at once, whole and for good, or leaves nothing behind."""
+    partial = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}")
+    try:
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def check_hooks(agent: str, project: bool) -> dict[str, Any]:
+    """What a settings file holds of us: events, server, and whether that is what we would install now."""
+    row: dict[str, Any] = {"agent": agent, "installed": False}
+    try:
+        file = HookFile(agent, project)
+        row |= {"installed": bool(file.ours), "file": file.name}
+        if not file.ours:
+            return {} if project else row
+        version, written = agent_version(agent), json.dumps(file.ours)
+        found = re.search(r"_s:=(.*?)\}|\"url\": \"(.*?)/api/hooks/", written)
+        server = found[1] or found[2] if found else CLIENT_SETTINGS[0].default
+        wanted = wanted_hooks(agent, server, version or "999.0", '"type": "http"' in written)
+    except Problem as problem:
+        return row | {"file": problem.message, "problem": problem.message}
+    row |= {"version": version, "events": [event for event, _ in file.ours], "server": server}
+    same = all(hook in wanted for hook in file.ours) and (not version or len(file.ours) == len(wanted))
+    old = f"old hooks in {file.name}; type: monitor hooks install {agent}"
+    return row if same else row | {"problem": old}
+
+
+# What templates/hook.sh does, for shells without curl.
+
+
+def post_hook(server: str, token: str, place: str, body: bytes, headers: dict[str, str]) -> int:
+    """Post within two seconds in all, past proxies and redirects; the status, 0 without an answer."""
+    import http.client
+    from urllib.parse import urlsplit
+
+    answered = [0]
+
+    def ask() -> None:
+        with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
+            to = urlsplit(server)
+            kind = http.client.HTTPSConnection if to.scheme == "https" else http.client.HTTPConnection
+            bearer = {"Authorization": f"Bearer {token}"} if token else {}
+            with contextlib.closing(kind(to.hostname, to.port, timeout=HOOK_SECONDS)) as connection:
+                connection.request("POST", f"{to.path}/api/hooks/{place}", body, headers | bearer)
+                answered[0] = connection.getresponse().status
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HOOK_SECONDS)
+    return answered[0]
+
+
+def trouble_of(server: str, status: int, told: Any = None) -> Problem:
+    """Why a server did not do what it was asked, from the status (0: none) and JSON that it answered."""
+    if status == 0:
+        return Problem("unreachable", f"no server at {server}; start one with: monitor serve")
+    told = told if isinstance(told, dict) and isinstance(told.get("message"), str) else {}
+    if 200 <= status < 300 or (status != 401 and not told):
+        return invalid(f"{server} does not answer like Monitor (status {status}); is it, and up to date?")
+    hint = "; set MONITOR_TOKEN or give --token" if status == 401 else ""
+    code = told.get("error", "unauthorized")
+    return Problem(str(code), told.get("message", f"{server} wants another token") + hint)
+
+
+def send_hook(server: str, token: str, agent: str, event: str, body: bytes) -> bool:
+    """Post a payload, or keep it in the spool; whether it is now time to empty the spool."""
+    key, task = str(uuid.uuid4()), " ".join(os.environ.get("MONITOR_TASK_ID", "").split())
+    headers = {"Content-Type": "application/json", "X-Monitor-Task": task, "Idempotency-Key": key}
+    place = f"{agent}?event={quoted(event)}" if event else agent
+    status, folder = post_hook(server, token, place, body, headers), spool_folder(server)
+    if folder and status in UNTAKEN and len(spooled(folder)) < MAX_SPOOLED:
+        head = f"agent: {agent}\nevent: {event}\ntask: {task}\ntime: {timestamp()}\nkey: {key}\n\n"
+        os.umask(0o077)
+        os.makedirs(folder, exist_ok=True)
+        Path(folder, f".{key}").write_bytes(head.encode() + body)
+        os.replace(f"{folder}/.{key}", f"{folder}/{key}.hook")
+    return bool(200 <= status < 300 and spooled(folder))
+
+
+def flush_spool(server: str, token: str) -> tuple[int, int, int]:
+    """Send what is in the spool, oldest first, until nobody takes it: (sent, refused, last status)."""
+    sent = refused = status = 0
+    for path in spooled(spool_folder(server)):
+        with contextlib.suppress(FileNotFoundError):  # somebody else has sent it
+            status = post_hook(server, token, "spooled", Path(path).read_bytes(), SPOOL_HEADERS)
+            if status in UNTAKEN or 300 <= status < 400:  # a redirect: not Monitor
+                break
+            os.unlink(path)
+            sent, refused = sent + (status < 300), refused + (status >= 400)
+    return sent, refused, status
+
+
+# ======================================================================================================
 # cli: commands, and the HTTP client behind them
 # ======================================================================================================
 
 LONG_SECONDS = 3600  # how long an administrator's command waits for an answer
-ANSWER_TYPES = {"id": str, "name": str, "seq": int, "items": list, "total": int}
-EXIT_CODES = {"not_found": 3, "conflict": 3, "unauthorized": 4}
-UNREACHABLE = 5
-QUIET = "monitor.quiet"
+EXIT_CODES = {"not_found": 3, "conflict": 3, "unauthorized": 4, "unreachable": 5}
+OPTION_NAMES = {"hidden": "--hidden/--no-hidden", "summary_text": "--summary", "task_id": "--task"}
+OPTION_NAMES |= {"workstream_id": "--workstream"}
 
 
-class Failure(click.ClickException):
-    """An error of a command: one line on standard error, and an exit status."""
-
-    def __init__(self, message: str, exit_code: int = 1):
-        super().__init__(message)
-        self.exit_code = exit_code
-
-    def show(self, file=None) -> None:
-        """Print the line, unless --quiet was given; only `flask --app monitor` calls this."""
-        if not asked_quiet():
-            click.echo(f"monitor: {plain(self.message)}", err=True)
-
-
-def asked_quiet() -> bool:
-    """Whether --quiet stands on the command line."""
+def quiet() -> bool:
+    """Whether --quiet stands on the command line, also on one that cannot be parsed."""
     return bool({"--quiet", "--silent"} & set(sys.argv[1:]))
 
 
 def plain(text: str) -> str:
     """Text for a terminal: control and bidi characters replaced, so that stored text cannot steer it."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", "\ufffd", text)
-
-
-def remember(context: click.Context, parameter: click.Parameter, value: Any) -> None:
-    """Keep a global option for the whole command line, wherever it stood."""
-    if value:
-        context.meta[f"monitor.{parameter.name}"] = value
-
-
-def setting_option(setting: Setting, note: str = "", **more: Any) -> click.Option:
-    """The option of a setting: --bind for MONITOR_BIND."""
-    option = "--" + setting.name.removeprefix("MONITOR_").lower().replace("_", "-")
-    return click.Option([option], help=f"{setting.help} [{setting.name}{note}]", **more)
-
-
-class GlobalOptions:
-    """What commands and groups have in common: the global options, and a Problem told as a Failure."""
-
-    def __init__(self, *arguments: Any, **settings: Any):
-        super().__init__(*arguments, **settings)
-        keep = {"expose_value": False, "callback": remember}
-        quiet = {"is_flag": True, "help": "Print nothing; keep the exit status."}
-        self.params += [setting_option(setting, **keep) for setting in CLIENT_SETTINGS]
-        self.params.append(click.Option(["--quiet", "--silent"], **quiet, **keep))
-
-    def invoke(self, context: click.Context) -> Any:
-        """Run it."""
-        try:
-            return super().invoke(context)
-        except Problem as problem:
-            raise Failure(problem.message, EXIT_CODES.get(problem.code, 1)) from None
-
-
-class Command(GlobalOptions, click.Command):
-    """A command; the global options may stand behind its name."""
-
-
-class Group(GlobalOptions, click.Group):
-    """A group of such commands; the global options may stand before the command."""
-
-    command_class = Command
-    group_class = type
-
-
-class Client:
-    """The HTTP client of the API that all client commands share."""
-
-    def __init__(self, server: str, token: str):
-        import requests  # here: gevent must patch before anybody imports it, and --help needs none
-
-        self.server = server.rstrip("/")
-        self.session = requests.Session()
-        # Else ~/.netrc replaces our bearer header, and http_proxy gets the requests for 127.0.0.1.
-        self.session.trust_env = False
-        if not re.fullmatch(r"[\x21-\x7e]*", token):
-            raise Failure("the token holds characters that cannot be sent; see MONITOR_TOKEN", 2)
-        if token:
-            self.session.headers["Authorization"] = f"Bearer {token}"
-
-    def send(self, method: str, path: str, seconds: float = 30, **options: Any):
-        """Make a request; returns its 2xx response. Failure for anything else."""
-        import requests
-
-        try:
-            options |= {"timeout": (5, seconds), "allow_redirects": False}
-            response = self.session.request(method, self.server + path, **options)
-        except (requests.ConnectionError, requests.Timeout):
-            raise Failure(f"no server at {self.server}; start one with: monitor serve", UNREACHABLE) from None
-        except (requests.RequestException, UnicodeError) as error:
-            raise Failure(f"cannot ask {self.server}: {error}") from None
-        if 200 <= response.status_code < 300:
-            return response
-        problem = json_object(response)
-        if not isinstance(problem.get("message"), str):
-            raise Failure(f"{self.server} does not answer like Monitor (status {response.status_code})")
-        hint = "; set MONITOR_TOKEN or give --token" if problem.get("error") == "unauthorized" else ""
-        raise Failure(problem["message"] + hint, EXIT_CODES.get(str(problem.get("error")), 1))
-
-    def call(self, method: str, path: str, body: Any = None, seconds: float = 30, query: Any = None) -> Any:
-        """Make a request; returns the JSON object that answers it. Failure for anything else."""
-        answered = json_object(self.send(method, path, seconds, json=body, params=query))
-        if not answered:
-            raise Failure(f"{self.server} does not answer like Monitor")
-        return answered
-
-
-def json_object(response: Any) -> dict[str, Any]:
-    """The JSON object in a response; empty when there is none."""
-    try:
-        found = response.json()
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def client() -> Client:
-    """The client for the current command line: options first, then the environment, then the defaults."""
-    given = click.get_current_context().meta
-    server, token = (
-        given.get("monitor." + name.removeprefix("MONITOR_").lower()) or os.environ.get(name) or default
-        for name, default, _ in CLIENT_SETTINGS
-    )
-    if not re.fullmatch(r"https?://[^\s/]+[^\s]*", server):
-        raise Failure(f"{server!r} is not a server address; it must look like http://127.0.0.1:3000", 2)
-    return Client(server, token)
-
-
-def show(answered: dict[str, Any], *expected: str) -> None:
-    """Print an answer as indented JSON; Failure when it lacks the fields that are expected of it."""
-    odd = [name for name in expected if not isinstance(answered.get(name), ANSWER_TYPES[name])]
-    if odd:
-        raise Failure(f"the server's answer has no {odd[0]} as it should; is it a Monitor server?")
-    if not click.get_current_context().meta.get(QUIET):
-        click.echo(json.dumps(answered, indent=2))
-
-
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, message="monitor %(version)s")
-def cli() -> None:
-    """Monitor: what is going on, what is stuck, which agent waits for you.
-
-    \b
-      monitor demo     look at it with a recorded story
-      monitor serve    start a server, then open the address that it prints
-    """
-
-
-update = cli.group("update", help="Add updates to tasks, or wipe one.")(lambda: None)
-OPTION_NAMES = {"summary_text": "--summary", "task_id": "--task", "workstream_id": "--workstream"}
 
 
 def json_value(text: str) -> Any:
@@ -3120,256 +3604,393 @@ def json_value(text: str) -> Any:
         raise click.BadParameter(problem.message.replace("the body", "it")) from None
 
 
-def field_option(name: str, field: Field, in_query: bool) -> click.Option:
-    """The command line's option for a field of the API."""
+def field_option(name: str, field: Field) -> click.Parameter:
+    """The command line's option for a field of the API; a name that must be given is an argument."""
+    if field.required and name == "name":
+        return click.Argument([name])
     option, schema = OPTION_NAMES.get(name, "--" + name.replace("_", "-")), field.schema
-    settings: dict[str, Any] = {"required": True} if field.required else {"default": None}
-    if schema.get("type") == "boolean":
-        settings |= {"flag_value": "true", "is_flag": True} if in_query else {}
-        option += "" if in_query else f"/--no-{name}"
-    elif "enum" in schema:
-        settings["type"] = click.Choice(schema["enum"])
-    elif schema.get("type") == "array":
-        settings |= {"type": split_list, "metavar": "A,B"}
-    elif not schema:
-        settings |= {"type": json_value, "metavar": "JSON"}
-    elif name.endswith("_id"):
-        settings["metavar"] = "ID"
-    return click.Option([option, name], help=field.text, **settings)
+    settings = {"type": click.Choice(schema["enum"])} if "enum" in schema else {}
+    settings |= {"metavar": "ID"} if name.endswith("_id") else {}
+    settings |= {"type": json_value, "metavar": "JSON"} if not schema else {}
+    settings |= {"type": split_list, "metavar": "A,B"} if schema.get("type") == "array" else {}
+    settings |= {"is_flag": True, "default": None} if schema.get("type") == "boolean" else {}
+    return click.Option([option, name], help=field.text, required=field.required, **settings)
 
 
-def api_command(group: click.Group, name: str, method: str, place: str, fields: Fields, text: str) -> None:
-    """Make a command of an API request; the fields of its body or query are the options."""
-    argument = {"create": "name", "update": "id"}.get(name)
-    expected = ("items", "total") if method == "GET" else ("id",)
-
-    def call(**given: Any) -> None:
-        target = f"/api/{place}" + (f"/{quoted(given.pop('id'))}" if argument == "id" else "")
-        given = {field: value for field, value in given.items() if value is not None}
-        sent = {"query": given} if method == "GET" else {"body": given}
-        show(client().call(method, target, **sent), *expected)
-
-    options = [field_option(field, check, method == "GET") for field, check in fields.items()]
-    arguments = [click.Argument([argument], metavar=argument.upper())] if argument else []
-    params = arguments + [option for option in options if option.name != (name == "create" and argument)]
-    group.add_command(Command(name, params=params, callback=call, help=text))
+def setting_option(setting: Setting, note: str = "", **more: Any) -> click.Option:
+    """The option of a setting: --bind for MONITOR_BIND."""
+    option = "--" + setting.name.removeprefix("MONITOR_").lower().replace("_", "-")
+    return click.Option([option, setting.name], help=f"{setting.help} [{setting.name}{note}]", **more)
 
 
-def kind_commands(kind: Kind, wanted: Fields) -> None:
-    """Make the commands that make, list and change workstreams or tasks."""
-    group = cli.group(kind.name, help=f"Make, list and change {kind.table}.")(lambda: None)
-    api_command(group, "create", "POST", kind.table, kind.new, f"Make a {kind.name}.")
-    api_command(group, "list", "GET", kind.table, wanted, f"List {kind.table}, oldest first.")
-    api_command(group, "update", "PATCH", kind.table, kind.changes, f"Change a {kind.name}.")
+def remember(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+    """Keep a global option for the whole command line, wherever it stood."""
+    context.meta.update({f"monitor.{parameter.name}": value} if value else {})
 
 
-kind_commands(WORKSTREAM, WORKSTREAM_QUERY)
-kind_commands(TASK, TASK_QUERY)
-api_command(update, "manual", "POST", "updates/manual", MANUAL_UPDATE, "Add a person's update to a task.")
+PARAMETERS = {  # of our commands, by name
+    name: click.Option(settings.pop("names", ["--" + name.replace("_", "-")]), **settings)
+    for name, settings in json.loads(asset("templates", "options.json")).items()
+}
+PARAMETERS |= {each.name: setting_option(each, f"; {each.default or 'none'}") for each in SETTINGS}
+PARAMETERS |= {name: click.Argument([name]) for name in ("file", "id")}
+PARAMETERS |= {"agent": click.Argument(["agent"], type=click.Choice(AGENTS))}
+PARAMETERS |= {"any_agent": click.Argument(["agent"], type=click.Choice(AGENTS), required=False)}
+PARAMETERS |= {"seq": click.Argument(["seq"], type=int)}
+GLOBAL_OPTIONS = [setting_option(each, expose_value=False, callback=remember) for each in CLIENT_SETTINGS]
+GLOBAL_OPTIONS += [PARAMETERS["quiet"]]
+GROUPS = (
+    click.Group("workstream", params=GLOBAL_OPTIONS, help="Make, list and change workstreams."),
+    click.Group("task", params=GLOBAL_OPTIONS, help="Make, list and change tasks."),
+    click.Group("update", params=GLOBAL_OPTIONS, help="Add updates to tasks, or wipe one."),
+    click.Group("hooks", params=GLOBAL_OPTIONS, help="Plug coding agents in: their runs appear as tasks."),
+)
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(commands=GROUPS, params=list(GLOBAL_OPTIONS), context_settings=HELP_OPTIONS)
+@click.version_option(__version__, message="monitor %(version)s")
+def cli() -> None:
+    """Monitor: what is going on, what is stuck, which agent waits for you.
+
+    \b
+      monitor demo     look at it with a recorded story
+      monitor serve    start a server, then open the address that it prints
+    """
+
+
+class Command(click.Command):
+    """A command that tells a Problem as click tells an error."""
+
+    def invoke(self, context: click.Context) -> None:
+        """Run it."""
+        try:
+            super().invoke(context)
+        except Problem as problem:
+            failure = click.ClickException(plain(problem.message))
+            failure.exit_code = EXIT_CODES.get(problem.code, 1)
+            raise failure from None
+
+
+def command(words: str, names: str = "", fields: Fields | None = None) -> Callable:
+    """Make the command of these words of a function: with the PARAMETERS of these names and an option a
+    field; the docstring is its help."""
+    *group, name = words.split()
+    params = [PARAMETERS[parameter] for parameter in names.split()]
+    params += [field_option(*item) for item in (fields or {}).items()] + GLOBAL_OPTIONS
+
+    def register(function: Callable) -> Callable:
+        made = Command(name, params=params, callback=function, help=function.__doc__)
+        (cli.commands[group[0]] if group else cli).add_command(made)
+        return function
+
+    return register
+
+
+def ask(server: str, token: str, method: str, path: str, given=None, seconds=30, whole=True) -> Any:
+    """Make a request of the API; returns the JSON object that answers it, or without `whole` the response.
+    Problem for any other answer."""
+    import requests  # here: gevent must patch before anybody imports it, and --help needs none
+
+    if not re.fullmatch(r"[\x21-\x7e]*", token):
+        raise click.UsageError("the token holds characters that cannot be sent; see MONITOR_TOKEN")
+    options = {"params" if method == "GET" else "json": given, "timeout": (5, seconds)}
+    options |= {"allow_redirects": False, "stream": not whole}
+    bearer, told = {"Authorization": f"Bearer {token}"} if token else {}, None
+    with requests.Session() as session:
+        # Else ~/.netrc replaces our bearer header, and http_proxy gets the requests for 127.0.0.1.
+        session.trust_env = False
+        try:
+            response = session.request(method, server + path, headers=bearer, **options)
+        except (requests.ConnectionError, requests.Timeout):
+            raise trouble_of(server, 0) from None
+        except (requests.RequestException, UnicodeError) as error:
+            raise invalid(f"cannot ask {server}: {error}") from None
+    taken = 200 <= response.status_code < 300
+    if taken and not whole:
+        return response
+    with contextlib.suppress(ValueError, RecursionError):
+        told = response.json()
+    if taken and told and isinstance(told, dict):
+        return told
+    raise trouble_of(server, response.status_code, told)
+
+
+def target() -> tuple[str, str]:
+    """Server and token of the current command line: options, then the environment, then the defaults."""
+    given = click.get_current_context().meta
+    server, token = (
+        given.get(f"monitor.{name}") or os.environ.get(name) or default
+        for name, default, _ in CLIENT_SETTINGS
+    )
+    if not re.fullmatch(r"https?://[^\s/]\S*", server):
+        raise click.UsageError(f"{server!r} is no server's address; one looks like http://127.0.0.1:3000")
+    return server.removesuffix("/"), token
+
+
+def show(told: dict[str, Any]) -> None:
+    """Print an answer as indented JSON."""
+    if not quiet():
+        click.echo(json.dumps(told, indent=2))
 
 
 @contextlib.contextmanager
-def database(file: str | None) -> Iterator[Client]:
-    """A client for the server at --server or, where none answers or a file is named, for a database at
-    rest: this process serves it for as long as the command takes, behind a token that nobody knows."""
-    if file is None:
-        try:
-            client().call("GET", "/health")
-        except Failure as failure:
-            if failure.exit_code != UNREACHABLE:
-                raise
-        else:
-            yield client()
-            return
+def server_for(database: str | None, at_rest: bool = True) -> Iterator[Callable]:
+    """What asks the server at --server or, where none answers or a file is named, a database at rest: this
+    process serves it for as long as the command takes, behind a token that nobody knows."""
+    if not at_rest or (database is None and post_hook(*target(), "spooled", b"", SPOOL_HEADERS)):
+        yield functools.partial(ask, *target())
+        return
     token = secrets.token_hex()
-    config = Config.load({"MONITOR_DB": file, "MONITOR_BIND": "127.0.0.1:0", "MONITOR_API_TOKENS": token})
-    if config.database is None or not os.path.exists(config.database):
-        raise Failure(
-            f"no server at {client().server}, and no database at {config.database}; name it with --db"
-        )
-    app = create_app(dataclasses.replace(config, retention=()))
+    names = {"MONITOR_DB": database, "MONITOR_BIND": "127.0.0.1:0", "MONITOR_API_TOKENS": token}
+    config = dataclasses.replace(Config.load(names), tended=False)
+    if not os.path.exists(config.database or ""):
+        here = f"no server at {target()[0]}, and no database at {config.database}"
+        raise invalid(f"{here}; name it with --db")
+    app = create_app(config)
     app.extensions["monitor"].open()
     listener = listen(config.host, config.port)
     start, stop = thread_server(listener, app, False)
     threading.Thread(target=start, daemon=True).start()
     try:
-        yield Client(f"http://127.0.0.1:{listener.getsockname()[1]}", token)
+        yield functools.partial(ask, f"http://127.0.0.1:{listener.getsockname()[1]}", token)
     finally:
         stop()
         app.extensions["monitor"].close()
 
 
-def database_option(function: Callable) -> Callable:
-    """The option --db of the administrator's commands."""
-    text = "Work on this file, which no server is using. [MONITOR_DB, when no server answers]"
-    return click.option("--db", "file", metavar="FILE", help=text)(function)
+def api_command(words: str, request: str, names: str, fields: Fields, text: str) -> None:
+    """Make a command of an API request; the fields of its body or query are options."""
+    (method, path), at_rest = request.split(), "database" in names
+    shape = {"items": list, "total": int} if method == "GET" else {"id": str}
+
+    def call(database: str | None = None, **given: Any) -> None:
+        named = {name: quoted(str(given.pop(name))) for name in re.findall(r"\{(\w+)", path)}
+        given = {name: value for name, value in given.items() if value is not None}
+        with server_for(database, at_rest) as server:
+            told = server(method, path.format(**named), given, LONG_SECONDS if at_rest else 30)
+        odd = [name for name, kind in shape.items() if not isinstance(told.get(name), kind)]
+        if odd:
+            raise invalid(f"the server's answer has no {odd[0]} as it should; is it a Monitor server?")
+        show(told)
+
+    call.__doc__ = text
+    command(words, names, fields)(call)
 
 
-@update.command("redact")
-@click.argument("seq", type=int)
-@database_option
-def update_redact(seq: int, file: str | None) -> None:
-    """Wipe message and data of an update that holds something it must not; its number and a mark stay.
-    Copies made before, as backups, still hold it."""
-    with database(file) as server:
-        show(server.call("POST", f"/api/updates/{seq}/redact", seconds=LONG_SECONDS), "id", "seq")
+REDACT = """Wipe message and data of update SEQ that holds something it must not; its number and a mark stay.
+Copies made before, as backups, still hold it."""
+for definition in (  # words, request, arguments, fields of its body or query, help
+    ("workstream create", "POST /api/workstreams", "", NEW_WORKSTREAM, "Make a workstream."),
+    ("workstream list", "GET /api/workstreams", "", WORKSTREAM_QUERY, "List workstreams, oldest first."),
+    ("workstream update", "PATCH /api/workstreams/{id}", "id", WORKSTREAM_CHANGES, "Change a workstream."),
+    ("task create", "POST /api/tasks", "", NEW_TASK, "Make a task."),
+    ("task list", "GET /api/tasks", "", TASK_QUERY, "List tasks, oldest first."),
+    ("task update", "PATCH /api/tasks/{id}", "id", TASK_CHANGES, "Change a task."),
+    ("update manual", "POST /api/updates/manual", "", MANUAL_UPDATE, "Add a person's update to a task."),
+    ("update redact", "POST /api/updates/{seq}/redact", "seq database", {}, REDACT),
+):
+    api_command(*definition)
 
 
 def progress_bar(length: int, label: str):
     """A progress bar on standard error, silent unless that is a terminal."""
-    silent = click.get_current_context().meta.get(QUIET) or not sys.stderr.isatty()
+    silent = quiet() or not sys.stderr.isatty()
     return click.progressbar(length=length, label=label, file=sys.stderr, hidden=silent)
 
 
-@cli.command()
-@click.argument("target", metavar="FILE")
-@database_option
-def backup(target: str, file: str | None) -> None:
+@command("backup", "file database")
+def backup(file: str, database: str | None) -> None:
     """Copy the database into a new FILE while everything goes on; FILE is a database like any other."""
-    if os.path.exists(target):
-        raise Failure(f"{target} exists; name a new file")
-    partial = f"{target}.partial"
+    if os.path.exists(file):
+        raise invalid(f"{file} exists; name a new file")
     try:
-        with database(file) as server:
-            save(server.send("GET", "/api/admin/backup", LONG_SECONDS, stream=True), partial)
-        os.replace(partial, target)
+        with server_for(database) as server, new_file(file) as copy:
+            response = server("GET", "/api/admin/backup", None, LONG_SECONDS, whole=False)
+            size = int(response.headers["Content-Length"])
+            with progress_bar(size, "Backup") as bar:
+                for chunk in response.iter_content(256 * 1024):
+                    bar.update(copy.write(chunk))
+            if copy.tell() != size:
+                raise invalid("the backup did not arrive whole")
     except OSError as error:
-        raise Failure(f"cannot write {target}: {error.strerror}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
-    show({"backup": os.path.abspath(target), "bytes": os.path.getsize(target)})
+        raise invalid(f"cannot write {file}: {error.strerror or error}") from None
+    show({"backup": os.path.abspath(file), "bytes": size})
 
 
-def save(response: Any, name: str) -> None:
-    """Write what a server sends into a private file, and sync it."""
-    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    size = int(response.headers["Content-Length"])
-    with os.fdopen(descriptor, "wb") as target, progress_bar(size, "Backup") as bar:
-        for chunk in response.iter_content(256 * 1024):
-            target.write(chunk)
-            bar.update(len(chunk))
-        target.flush()
-        os.fsync(target.fileno())
-    if os.path.getsize(name) != size:
-        raise Failure("the backup did not arrive whole")
-
-
-@cli.command()
-@database_option
-def check(file: str | None) -> None:
+@command("check", "database")
+def check(database: str | None) -> None:
     """Read the whole database and say what is wrong with it: integrity, numbers, orphans, search index."""
-    with database(file) as server, progress_bar(1, "Checking") as bar:
-        problems = server.call("GET", "/api/admin/check", seconds=LONG_SECONDS).get("problems", [])
+    with server_for(database) as server, progress_bar(1, "Checking") as bar:
+        problems = server("GET", "/api/admin/check", None, LONG_SECONDS).get("problems", [])
         bar.update(1)
     show({"ok": not problems, "problems": problems})
     if problems:
-        raise Failure(f"{len(problems)} things are wrong with the database; restore a backup")
+        raise invalid(f"{len(problems)} things are wrong with the database; restore a backup")
 
 
-@cli.command()
-@click.option("--older-than", required=True, metavar="AGE", help="Age of what goes, as 30d, 12h or 45m.")
-@click.option("--data-only", is_flag=True, help="Drop the data, keep the sentences.")
-@click.option("--dry-run", is_flag=True, help="Only say how many updates it would touch.")
-@database_option
-def prune(file: str | None, dry_run: bool, **wanted: Any) -> None:
+@command("prune", "database", PRUNING)
+def prune(database: str | None, dry_run: bool | None, **wanted: Any) -> None:
     """Remove old updates, in small batches, and give their space back. Their numbers are never used again."""
-    with database(file) as server:
-        answered = server.call("POST", "/api/admin/prune", wanted | {"dry_run": True})
+    with server_for(database) as server:
+        answered = server("POST", "/api/admin/prune", wanted | {"dry_run": True})
         done = 0
         with progress_bar(answered["left"], "Pruning") as bar:
             while answered["left"] and not dry_run:
-                answered = server.call("POST", "/api/admin/prune", wanted, LONG_SECONDS)
+                answered = server("POST", "/api/admin/prune", wanted, LONG_SECONDS)
                 done += answered["pruned"]
                 bar.update(answered["pruned"])
     show({"pruned": done, "left": answered["left"]})
 
 
-@cli.command(params=[setting_option(each, f"; {each.default or 'none'}") for each in SETTINGS])
-@click.option("--access-log", is_flag=True, help="Write a line a request on standard error.")
+@command("hook", "agent event")
+def send_event(agent: str, event: str) -> None:
+    """Send the hook payload of AGENT from standard input, as the installed one-liner does with curl: within
+    two seconds, silent, exit status 0; what cannot be sent waits in the spool."""
+    if send_hook(*target(), agent, event, sys.stdin.buffer.read()) and os.fork() == 0:
+        try:  # in a process apart: the agent waits for us, and for what holds its pipes
+            os.setsid()
+            for number in range(3):
+                os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            flush_spool(*target())
+        finally:
+            os._exit(0)
+
+
+@command("hooks install", "agent project http block dry_run yes")
+def hooks_install(agent: str, project: bool, http: bool, block: bool, dry_run: bool, yes: bool) -> None:
+    """Register hooks in the settings of AGENT; what else stands there stays as it is."""
+    import difflib
+
+    gated = "assume" in hook_agents()[agent]  # else its events need no version, and one takes 4 s to tell it
+    version = agent_version(agent) if gated else None
+    wanted = wanted_hooks(agent, target()[0], version, http)
+    if block:
+        return click.echo(with_hooks(None, wanted, agent), nl=False)
+    file = HookFile(agent, project)
+    before, text = file.original(), with_hooks(file.text, wanted, agent)
+    text = text if text == file.text else with_hooks(before, wanted, agent)
+    changed = text != file.text
+    ask = changed and not yes and sys.stdin.isatty() and sys.stdout.isatty()
+    if ask or (changed and dry_run):
+        sides = (file.text or "").splitlines(), text.splitlines()
+        click.echo("\n".join(difflib.unified_diff(*sides, file.name, file.name, lineterm="")))
+    if dry_run or (ask and not click.confirm(f"Write {file.name}?")):
+        return None
+    if changed:
+        file.write(text, before)
+    told = {"agent": agent, "version": version, "file": file.name, "changed": changed}
+    told |= {"events": [event for event, _ in wanted], "note": hook_agents()[agent].get("note")}
+    return show({name: value for name, value in told.items() if value is not None})
+
+
+@command("hooks remove", "agent project")
+def hooks_remove(agent: str, project: bool) -> None:
+    """Take our hooks out of the settings of AGENT; where nothing else changed, they are as before."""
+    file = HookFile(agent, project)
+    before = file.original()
+    if before != file.text:
+        file.write(before, None)
+    show({"agent": agent, "file": file.name, "changed": before != file.text})
+
+
+@command("hooks check", "any_agent")
+def hooks_check(agent: str | None) -> None:
+    """Say which agents are plugged in (or AGENT), whether their hooks are up to date, and whether the server
+    answers."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor() as pool:  # some agents take seconds to tell their version
+        pairs = itertools.product([agent] if agent else AGENTS, (False, True))
+        found = [row for row in pool.map(lambda pair: check_hooks(*pair), pairs) if row]
+    agents = list({row["file"]: row for row in found}.values())  # at home, both files are one
+    problems = [row["problem"] for row in agents if "problem" in row]
+    (server, token), installed = target(), [row["server"] for row in agents if row["installed"]]
+    given = click.get_current_context().meta.get("monitor.MONITOR_SERVER") or os.environ.get("MONITOR_SERVER")
+    server = installed[0] if installed and not given else server
+    status = post_hook(server, token, "spooled", b"", SPOOL_HEADERS)  # no event at all: it must say 400
+    problems += [trouble_of(server, status).message] if installed and status != 400 else []
+    waiting = len(spooled(spool_folder(server)))
+    show({"agents": agents, "server": server, "server_ok": status == 400, "spooled": waiting})
+    if problems:
+        raise invalid("; ".join(problems))
+
+
+@command("hooks flush")
+def hooks_flush() -> None:
+    """Send the events that wait in the spool of the server."""
+    server, token = target()
+    sent, refused, status = flush_spool(server, token)
+    left = len(spooled(spool_folder(server)))
+    show({"sent": sent, "refused": refused, "left": left})
+    if left:
+        raise trouble_of(server, status)
+
+
+@command("serve", " ".join(setting.name for setting in SETTINGS) + " access_log")
 def serve(access_log: bool, **settings: str | None) -> None:
     """Serve the API, the stream and the pages until Ctrl-C."""
-    config = Config.load({f"MONITOR_{name.upper()}": value for name, value in settings.items()})
-    run_server(config, access_log, announce)
+    run_server(Config.load(settings), access_log, announce)
 
 
 def announce(served: Monitor, address: str, with_gevent: bool, demo: bool = False) -> None:
     """Say where the server is, what it works on, and the next thing to type."""
     import jinja2
 
-    name = os.path.basename(sys.argv[0])
-    facts = {
-        "version": __version__,
-        "path": served.store.path,
-        "server": "gevent" if with_gevent else "threads",
-        "wide": served.config.host not in LOOPBACK_NAMES,
-        "program": "monitor" if name in ("monitor", "monitor-cli") else f"python {sys.argv[0]}",
-        "where": "" if address == CLIENT_SETTINGS[0].default else f" --server {address}",
-    }
+    facts = {"served": served, "address": address, "gevent": with_gevent, "demo": demo, "argv": sys.argv}
+    facts |= {"version": __version__, "loopback": LOOPBACK_NAMES, "usual": CLIENT_SETTINGS[0].default}
     text = jinja2.Template(asset("templates", "serve.txt").decode(), trim_blocks=True)
-    if not asked_quiet():
-        click.echo(text.render(facts, address=address, config=served.config, demo=demo), nl=False)
+    if not quiet():
+        click.echo(text.render(facts), nl=False)
         sys.stdout.flush()
 
 
-@cli.command()
-@click.option("--bind", default="127.0.0.1:0", show_default=True, help="Address and port; 0: a free one.")
-@click.option("--speed", default=1.0, show_default=True, help="How much faster than recorded the story runs.")
+@command("demo", "bind speed")
 def demo(bind: str, speed: float) -> None:
     """Serve a recorded story from a temporary database: agents at work, CI, and one that waits for you."""
     config = Config.load({"MONITOR_BIND": bind, "MONITOR_DB": "sqlite::memory:"})
-    config = dataclasses.replace(config, tokens=(), auth_mode="relaxed")
+    config = dataclasses.replace(config, tokens=(), auth_mode="relaxed", spools=())
 
-    def tell(served: Monitor, address: str, with_gevent: bool) -> None:
-        lines = [json.loads(line) for line in asset("templates", "demo.jsonl").splitlines()]
-        past = [line for line in lines if line["at"] <= 0]
-        story = Story(served, time.time())
-        with click.progressbar(past, label="Loading the story", file=sys.stderr) as steps:
-            for step in steps:
-                story.tell(step)
+    def ready(served: Monitor, address: str, with_gevent: bool) -> None:
+        steps = story(served, speed)
+        any(steps)  # up to the first that lies ahead
         announce(served, address, with_gevent, demo=True)
-        live = [line for line in lines if line["at"] > 0]
-        threading.Thread(target=story.tell_live, args=(live, speed), daemon=True).start()
+        threading.Thread(target=deque, args=(steps, 0), daemon=True).start()
 
-    run_server(config, False, tell)
+    run_server(config, False, ready)
 
 
-class Story:
-    """Replays recorded steps into a Monitor: workstreams, tasks, hook payloads, webhooks, people's words."""
-
-    def __init__(self, served: Monitor, start: float):
-        self.monitor, self.start, self.ids = served, start, {}
-
-    def tell(self, step: dict[str, Any]) -> None:
-        """Do one step; an update of the past is stored with its own time."""
-        step |= {name: self.ids[step[name]] for name in ("task_id", "workstream_id") if name in step}
-        past = datetime.datetime.fromtimestamp(self.start + step["at"], datetime.UTC)
-        moment, does = timestamp(past) if step["at"] <= 0 else None, step["do"]
-        if does in ("workstream", "task"):
-            made = self.monitor.create(TASK if does == "task" else WORKSTREAM, step, moment)
-            self.ids[step["key"]] = json.loads(made)["id"]
-        elif does == "patch":
-            self.monitor.change(TASK, step["task_id"], step, moment)
-        elif does == "update":
-            self.monitor.add_update(clean(step, NEW_UPDATE), moment=moment)
-        else:
-            draft = claude_draft(step) if does == "claude" else webhook_draft(step)
-            if draft.keep or does == "github":
-                self.monitor.add_update(draft_fields(step["task_id"], draft), moment=moment)
-
-    def tell_live(self, steps: list[dict[str, Any]], speed: float) -> None:
-        """Do the steps that lie ahead, each at its time, until the server shuts down."""
-        with contextlib.suppress(Problem):
-            for step in steps:
-                time.sleep(max(0.0, self.start + step["at"] / speed - time.time()))
-                self.tell(step)
+def story(served: Monitor, speed: float) -> Iterator[bool]:
+    """Tell the recorded story step by step: what lies behind with its own times, what lies ahead in time,
+    until the server shuts down. Yields before each step whether it lies ahead."""
+    start, ids, kinds = time.time(), {}, {"task": TASK, "workstream": WORKSTREAM}
+    with contextlib.suppress(Problem):
+        for step in map(json.loads, asset("templates", "demo.jsonl").splitlines()):
+            at, does = step["at"], step["do"]
+            yield at > 0
+            time.sleep(max(0.0, start + at / speed - time.time()) if at > 0 else 0)
+            past = datetime.datetime.fromtimestamp(start + min(at, 0), datetime.UTC)
+            moment = timestamp(past) if at <= 0 else None
+            step |= {name: ids[step[name]] for name in ("task_id", "workstream_id") if name in step}
+            if does in kinds:
+                ids[step["key"]] = json.loads(served.create(kinds[does], step, moment))["id"]
+            elif does == "patch":
+                served.change(TASK, step["task_id"], step, moment)
+            elif does == "claude":
+                served.take_hook(Hook("claude", step["payload"], task=step["task_id"]), moment)
+            else:
+                told = draft_fields(step["task_id"], webhook_draft(step)) if does == "github" else step
+                served.add_update(clean(told, NEW_UPDATE), moment=moment)
 
 
 def main() -> None:
     """The console script: `monitor` and `monitor-cli`."""
+    if sys.argv[1:2] == ["hook"] and not (sys.stderr and sys.stderr.isatty()):
+        with contextlib.suppress(BaseException):  # an agent reads what we say, and takes an error for a no
+            cli.main(prog_name="monitor", standalone_mode=False)
+        return None
     try:
-        cli.main(prog_name="monitor", standalone_mode=False)
-        return
+        return cli.main(prog_name="monitor", standalone_mode=False)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         message = error.format_message() + (f"; see: {context.command_path} --help" if context else "")
@@ -3380,7 +4001,7 @@ def main() -> None:
         os._exit(1)  # nobody reads on: Python would complain at exit
     except OSError as error:
         message, status = f"cannot write: {error.strerror}", 1
-    if not asked_quiet():
+    if not quiet():
         click.echo(f"monitor: {plain(' '.join(message.splitlines()))}", err=True)
     sys.exit(status)
 

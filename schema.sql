@@ -39,9 +39,74 @@ CREATE TABLE tasks (
 ) STRICT;
 CREATE INDEX tasks_by_workstream ON tasks (workstream);
 
--- A task as clients know it: with the id of its workstream.
+-- Runs of coding agents: the task that each belongs to, and whether it waits for a person. A subagent has a
+-- row of its own while it asks for something: what the others do meanwhile is no answer to it.
+CREATE TABLE sessions (
+    agent      TEXT    NOT NULL,            -- claude, codex, gemini, copilot, cursor
+    id         TEXT    NOT NULL,
+    subagent   TEXT    NOT NULL DEFAULT '', -- '': the run itself
+    task       INTEGER NOT NULL REFERENCES tasks (number),
+    asked      TEXT,                        -- the task that its environment names: heeded once
+    folder     TEXT    NOT NULL,            -- where it works now
+    project    TEXT    NOT NULL,            -- the folder of its repository, of the main worktree
+    branch     TEXT    NOT NULL,            -- '': unknown, or none
+    repository TEXT    NOT NULL,            -- owner/name of its origin, or ''
+    model      TEXT,
+    started_at TEXT    NOT NULL,
+    seen_at    TEXT    NOT NULL,            -- when its newest event happened
+    heard_at   TEXT    NOT NULL,            -- the newest of its main thread: what is older comes late
+    state      TEXT    NOT NULL DEFAULT 'new'
+               CHECK (state IN ('new', 'working', 'blocked', 'idle', 'stuck', 'ended', 'replaced')),
+    since      TEXT    NOT NULL,            -- when the state began
+    message    TEXT,                        -- what it said then: the question, the last words
+    tool       TEXT,                        -- what it asks to use
+    seq        INTEGER,                     -- the update that said so
+    PRIMARY KEY (agent, id, subagent)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX sessions_by_task ON sessions (task, state);
+CREATE INDEX sessions_by_folder ON sessions (folder, state);
+CREATE INDEX sessions_by_state ON sessions (state, seen_at);
+
+-- The folder of a repository (of its main worktree), and the workstream of the runs in it.
+CREATE TABLE folders (
+    path       TEXT    PRIMARY KEY,
+    workstream INTEGER NOT NULL REFERENCES workstreams (number)
+) STRICT, WITHOUT ROWID;
+
+-- What a task is about: work that is seen there belongs to it.
+CREATE TABLE links (
+    kind       TEXT    NOT NULL CHECK (kind IN ('folder', 'branch', 'pr', 'issue', 'commit', 'repo')),
+    value      TEXT    NOT NULL,
+    repository TEXT    NOT NULL DEFAULT '', -- owner/name or a folder; '': in any
+    task       INTEGER NOT NULL REFERENCES tasks (number),
+    PRIMARY KEY (kind, value, repository)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX links_by_task ON links (task);
+CREATE VIEW link_rows AS
+    SELECT kind AS link, value, nullif(repository, '') AS repository, tasks.id AS task_id, task
+    FROM links JOIN tasks ON tasks.number = task;
+
+-- A run as clients know it.
+CREATE VIEW session_rows AS
+    SELECT agent || ':' || sessions.id AS source, agent, tasks.id AS task_id, folder, project,
+           nullif(branch, '') AS branch, nullif(repository, '') AS repository, model, started_at, seen_at,
+           state, since, message, seq, nullif(subagent, '') AS subagent, task
+    FROM sessions JOIN tasks ON tasks.number = sessions.task ORDER BY seen_at DESC;
+
+-- What asks for somebody's attention, the most urgent with the lowest rank.
+CREATE VIEW attention AS
+    SELECT task, CASE state WHEN 'blocked' THEN 1 WHEN 'stuck' THEN 3 ELSE 4 END AS rank, since, state,
+           json_object('state', state, 'message', message, 'since', since, 'seq', seq,
+                       'source', agent || ':' || id) AS body
+    FROM sessions WHERE state IN ('blocked', 'stuck', 'idle');
+
+-- A task as clients know it: with the id of its workstream, and with what asks for attention. A task that is
+-- over shows only who waits for an answer.
 CREATE VIEW task_rows AS
-    SELECT tasks.*, workstreams.id AS workstream_id, workstreams.status AS workstream_status
+    SELECT tasks.*, workstreams.id AS workstream_id, workstreams.status AS workstream_status,
+           (SELECT body FROM attention
+            WHERE attention.task = tasks.number AND (rank = 1 OR tasks.status IN ('active', 'blocked'))
+            ORDER BY rank, since LIMIT 1) AS attention
     FROM tasks JOIN workstreams ON workstreams.number = tasks.workstream;
 
 -- The log is the product: every change is one row, its JSON made once, in the transaction that made it.
@@ -49,7 +114,7 @@ CREATE VIEW task_rows AS
 CREATE TABLE log (
     seq        INTEGER PRIMARY KEY,
     event      TEXT NOT NULL CHECK (event IN ('update', 'update_redacted', 'task_created', 'task_updated',
-                                              'workstream_created', 'workstream_updated')),
+                                              'workstream_created', 'workstream_updated', 'updates_moved')),
     task       INTEGER REFERENCES tasks (number),
     workstream INTEGER NOT NULL REFERENCES workstreams (number),  -- where the task was at that moment
     body       TEXT NOT NULL                                      -- ASCII JSON
@@ -66,12 +131,17 @@ CREATE TABLE updates (
     timestamp TEXT    NOT NULL,
     has_data  INTEGER NOT NULL CHECK (has_data IN (0, 1))
 ) STRICT;
-CREATE INDEX updates_by_task ON updates (task);
+-- With what is filtered on inside a task: counting the 100,000 updates of one reads no row of the table.
+CREATE INDEX updates_by_task ON updates (task, seq, kind, level);
 CREATE INDEX updates_by_source ON updates (source);
 CREATE INDEX updates_by_kind ON updates (kind);
 CREATE INDEX updates_by_level ON updates (level);
 CREATE INDEX updates_by_timestamp ON updates (timestamp);
 CREATE INDEX updates_with_data ON updates (timestamp) WHERE has_data;
+
+CREATE VIEW newest_of_tasks AS
+    SELECT tasks.id AS task_id, log.body
+    FROM tasks JOIN log ON log.seq = (SELECT MAX(seq) FROM updates WHERE updates.task = tasks.number);
 
 CREATE TABLE update_tags (
     tag TEXT    NOT NULL,
@@ -79,11 +149,12 @@ CREATE TABLE update_tags (
     PRIMARY KEY (tag, seq)
 ) STRICT, WITHOUT ROWID;
 
--- What a sender has named once: the same key again answers with the first update, for seven days.
+-- What a sender has named once: the same key again answers with the first update, for seven days. Hooks that
+-- come twice are told by such a key too.
 CREATE TABLE idempotency_keys (
     key        TEXT    PRIMARY KEY,
     digest     BLOB    NOT NULL,            -- SHA-256 of what was sent with it
-    seq        INTEGER NOT NULL,
+    seq        INTEGER,                     -- of its update; NULL: a hook that is not stored
     created_at TEXT    NOT NULL
 ) STRICT;
 CREATE INDEX idempotency_keys_by_age ON idempotency_keys (created_at);
@@ -105,6 +176,36 @@ CREATE VIRTUAL TABLE update_search USING fts5 (
 CREATE VIRTUAL TABLE task_search USING fts5 (
     name, summary_text, content = 'tasks', content_rowid = 'number', tokenize = 'unicode61 remove_diacritics 2'
 );
+
+-- The indexes of what is removed or changed follow here; what is added is indexed by who adds it.
+CREATE TRIGGER task_indexed AFTER INSERT ON tasks BEGIN
+    INSERT INTO task_search (rowid, name, summary_text) VALUES (new.number, new.name, new.summary_text);
+END;
+CREATE TRIGGER task_reindexed AFTER UPDATE OF name, summary_text ON tasks BEGIN
+    INSERT INTO task_search (task_search, rowid, name, summary_text)
+        VALUES ('delete', old.number, old.name, old.summary_text);
+    INSERT INTO task_search (rowid, name, summary_text) VALUES (new.number, new.name, new.summary_text);
+END;
+CREATE TRIGGER update_reindexed AFTER UPDATE OF body ON log
+WHEN old.event = 'update' AND json_extract(old.body, '$.message') <> json_extract(new.body, '$.message') BEGIN
+    INSERT INTO update_search (update_search, rowid, message)
+        VALUES ('delete', old.seq, json_extract(old.body, '$.message'));
+    INSERT INTO update_search (rowid, message) VALUES (new.seq, json_extract(new.body, '$.message'));
+END;
+CREATE TRIGGER update_removed AFTER DELETE ON log WHEN old.event = 'update' BEGIN
+    INSERT INTO update_search (update_search, rowid, message)
+        VALUES ('delete', old.seq, json_extract(old.body, '$.message'));
+    DELETE FROM update_tags
+        WHERE seq = old.seq AND tag IN (SELECT value FROM json_each(old.body, '$.tags'));
+    DELETE FROM idempotency_keys WHERE seq = old.seq;
+    UPDATE head SET pruned = max(pruned, old.seq);
+END;
+-- An update that moves to another task takes its row in the log with it.
+CREATE TRIGGER update_moved AFTER UPDATE OF task ON updates BEGIN
+    UPDATE log SET (task, workstream, body) = (
+        SELECT number, tasks.workstream, json_set(body, '$.task_id', id) FROM tasks WHERE number = new.task)
+    WHERE seq = new.seq;
+END;
 
 -- What must never be: how many rows break a rule that no constraint can hold, and which.
 CREATE VIEW faults (n, what) AS

@@ -22,6 +22,7 @@ import random
 import re
 import resource
 import shutil
+import socket
 import sqlite3
 import statistics
 import subprocess
@@ -35,7 +36,7 @@ from urllib.parse import quote
 
 import bench_load
 import click
-from bench_load import Readers, Server, Times, apart, get, pace, serving, timed, update
+from bench_load import Readers, Server, Times, apart, get, pace, post, serving, timed, update
 
 
 class Scale(NamedTuple):
@@ -394,6 +395,49 @@ def start(scale: Scale) -> Rows:
     reaches = (verdict(both[0] / imports, 1.3, "< {} x"), "-")
     for name, took, reach in zip(("installed", "python monitor.py"), both, reaches, strict=True):
         yield Row(f"monitor task list, {name}", f"{took:.0f} ms", beside, f"{took / imports:.2f}", reach)
+
+
+@bench
+def hooks(scale: Scale) -> Rows:
+    """What an agent's hook costs: the installed line of shell, with the server up, off and hanging."""
+    payload = json.dumps({"hook_event_name": "PostToolUse", "session_id": "s", "tool_name": "Bash"}).encode()
+    with serving() as server, serving(bare=True) as bare, tempfile.TemporaryDirectory() as home:
+        settings = {"HOME": home, "MONITOR_SPOOL": home + "/spool"}
+        shown = [sys.executable, str(bench_load.ROOT / "monitor.py"), "hooks", "install", "claude", "--print"]
+        block = subprocess.run(shown, env=bench_load.environment(**settings), capture_output=True, check=True)
+        line = json.loads(block.stdout)["hooks"]["Stop"][0]["hooks"][0]["command"]
+        hanging = socket.create_server(("127.0.0.1", 0))
+        ports = {"up": server.port, "off": 9, "hanging": hanging.getsockname()[1]}
+        runs = [
+            functools.partial(
+                shell_time, line, payload, **settings, MONITOR_SERVER=f"http://127.0.0.1:{port}"
+            )
+            for port in ports.values()
+        ]
+        plain = f"curl -s -m 2 -o /dev/null --data-binary @- http://127.0.0.1:{bare.port}/"
+        runs += [functools.partial(shell_time, command, payload) for command in (plain, "true")]
+        *some, curl, true = (times.p50 for times in in_turn(scale.rounds * 10, runs[0], runs[1], *runs[3:]))
+        slow = in_turn(2, runs[2])[0].p50
+        beside = f"curl to a bare route {curl:.0f} ms, true {true:.1f} ms"
+        for name, took in zip(ports, [*some, slow], strict=True):
+            reach = verdict(took, 2500) if name == "hanging" else "-"
+            yield Row(f"a hook, server {name}", f"{took:.0f} ms", beside, f"{took / curl:.1f}", reach)
+        call = functools.partial(post, "/api/hooks/claude", hook_event_name="PostToolUse", session_id="s")
+        call = functools.partial(call, cwd="/", tool_name="Bash", tool_input={"command": "ls"})
+        numbers, manual = itertools.count(), update(server.new_task())
+        sent = (lambda: call(tool_use_id=str(next(numbers))), lambda: manual)
+        seconds = scale.samples / 100
+        pair = [lambda make=make: apart(pace, server.port, make, 100, seconds)() for make in sent]
+        mine, base = in_turn(scale.rounds, *pair)
+        yield Row("POST of a hook, 100 a second", mine, f"manual update {base}", f"{mine.p50 / base.p50:.2f}")
+
+
+def shell_time(command: str, payload: bytes, **settings: str) -> Times:
+    """The time from start to exit of a shell's command line, as an agent runs it."""
+    begin = time.monotonic()
+    environment = bench_load.environment(**settings)
+    subprocess.run(["/bin/sh", "-c", command], input=payload, env=environment, check=False)
+    return timed([(time.monotonic() - begin) * 1000], begin)
 
 
 def first_answer(path: str, bare: bool) -> Times:

@@ -190,7 +190,8 @@ def take_answer(line: socket.socket) -> bytes:
     head, _, body = data.partition(b"\r\n\r\n")
     if not head.startswith(b"HTTP/1.1 20"):
         raise RuntimeError(data[:500])
-    size = int(re.search(rb"Content-Length: (\d+)", head)[1])
+    found = re.search(rb"Content-Length: (\d+)", head)  # a 204 has none
+    size = int(found[1]) if found else 0
     while len(body) < size:
         body += line.recv(READ_SIZE)
     return body

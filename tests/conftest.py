@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 def clean_environment(**settings: str) -> dict[str, str]:
     """This process's environment without Monitor's settings, plus the given ones."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MONITOR_", "CLAUDE"))}
-    return kept | {"PYTHONUNBUFFERED": "1", "COVERAGE_PROCESS_START": ""} | settings
+    # Never the developer's own hooks that wait for a server.
+    return kept | {"PYTHONUNBUFFERED": "1", "COVERAGE_PROCESS_START": "", "MONITOR_SPOOL": "off"} | settings
 
 
 class Server:

@@ -15,7 +15,9 @@ from conftest import ROOT
 import monitor
 
 README = (ROOT / "README.md").read_text()
-SETTINGS = [setting.name for setting in (*monitor.SETTINGS, *monitor.CLIENT_SETTINGS)]
+OPTIONS = [setting.name for setting in (*monitor.SETTINGS, *monitor.CLIENT_SETTINGS)]
+ALL_SETTINGS = (*monitor.SETTINGS, *monitor.CLIENT_SETTINGS, *monitor.HOOK_SETTINGS)
+SETTINGS = [setting.name for setting in ALL_SETTINGS]
 VARIABLE = re.compile(r"""environ(?:\.get\(|\[)\s*["'](MONITOR_\w+)""")
 
 
@@ -124,7 +126,7 @@ def test_every_command_has_help_text(words):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_is_in_the_readme_with_its_default(name):
-    default = {s.name: s.default for s in (*monitor.SETTINGS, *monitor.CLIENT_SETTINGS)}[name]
+    default = {setting.name: setting.default for setting in ALL_SETTINGS}[name]
     (row,) = [row for row in README.splitlines() if row.startswith(f"| `{name}`")]
     assert not default or f"`{default}`" in row
 
@@ -136,12 +138,11 @@ def test_every_variable_that_is_read_is_a_setting_or_in_the_readme():
 
 def test_the_help_of_serve_names_every_setting():
     shown = CliRunner().invoke(monitor.cli, ["serve", "--help"]).output
-    assert [name for name in SETTINGS if name not in shown] == []
+    assert [name for name in OPTIONS if name not in shown] == []
 
 
 def test_every_setting_says_what_it_is():
-    named = [*monitor.SETTINGS, *monitor.CLIENT_SETTINGS]
-    assert [setting.name for setting in named if not setting.help.endswith(".")] == []
+    assert [setting.name for setting in ALL_SETTINGS if not setting.help.endswith(".")] == []
 
 
 def test_the_readme_names_no_setting_that_is_not_there():

@@ -14,6 +14,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -821,6 +822,7 @@ def test_the_ring_sends_those_elsewhere_whom_it_cannot_serve(ring):
 def test_the_ring_is_bounded_by_bytes(ring, monkeypatch):
     """The oldest leave first; what is held never passes the limit."""
     monkeypatch.setattr(monitor, "RING_BYTES", 10_000)
+    monkeypatch.setattr(monitor, "FRAME_BYTES", 0)
     for first in range(1, 101, 10):
         ring.publish([frame(seq, 900) for seq in range(first, first + 10)])
     held = [cursor for cursor in range(100) if ring.after(cursor) is not None]
@@ -852,19 +854,72 @@ def test_the_ring_hands_out_bounded_batches_that_join_without_a_seam(ring, monke
     assert max(len(batch) for batch in batches) == 3
 
 
-def test_a_waiting_reader_wakes_for_an_event_for_the_end_and_for_nothing_else(ring):
-    """It does not wait for what is there already."""
+FOR_MANUAL, FOR_OTHERS = monitor.Filter(source="manual"), monitor.Filter(source="other")
+
+
+def test_a_waiting_reader_wakes_for_what_it_wants_and_for_the_end_and_for_nothing_else(ring):
+    """It does not wait for what is there already; what is not wanted moves its cursor when it wakes."""
     ring.publish([frame(1)])
-    assert ring.wait(0, 0) is True
-    wait_until(lambda: ring.wait(1, 0.02) is False)
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(ring.wait, 1, 10)
-        ring.publish([frame(2)])
-        assert waiting.result(5) is True
-        waiting = pool.submit(ring.wait, 2, 10)
+    assert ring.wait(0, FOR_MANUAL) == 0
+    with ThreadPoolExecutor(2) as pool:
+        waiting, other = (pool.submit(ring.wait, 1, wanted) for wanted in (FOR_MANUAL, FOR_OTHERS))
+        wait_until(lambda: len(ring._crowds) == 2)
+        ring.publish([frame(2, source="other")])
+        assert other.result(2) == 1
+        time.sleep(0.05)
+        assert not waiting.done()
+        ring.publish([frame(3, source="manual")])
+        assert waiting.result(2) == 2
+        waiting = pool.submit(ring.wait, 3, FOR_MANUAL)
         ring.close()
-        assert waiting.result(5) is True
-    assert ring.wait(2, 10) is True
+        assert waiting.result(2) == 3
+    assert ring.wait(3, FOR_MANUAL) == 3
+
+
+def test_a_waiting_reader_looks_up_now_and_then(monkeypatch):
+    """So that it can show a sign of life; and nobody's filter is kept for longer than that."""
+    monkeypatch.setattr(monitor, "WAIT_SECONDS", 0.05)
+    ring = monitor.Broadcaster()
+    assert ring.wait(0, FOR_MANUAL) == 0
+    wait_until(lambda: not ring._crowds)
+    ring.close()
+
+
+def test_readers_whose_frames_left_the_ring_unseen_are_woken(ring, monkeypatch):
+    """They read the file."""
+    ring.publish([frame(1)])
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ring.wait, 1, FOR_MANUAL)
+        wait_until(lambda: ring._crowds)
+        time.sleep(0.05)
+        monkeypatch.setattr(monitor, "RING_BYTES", 100)
+        ring.publish([frame(2, 200)])
+        assert waiting.result(2) == 1
+    assert ring.after(1) is None
+
+
+def test_more_than_a_batch_at_once_is_looked_through(ring, monkeypatch):
+    """What is wanted stands at its end."""
+    monkeypatch.setattr(monitor, "READ_BYTES", 1000)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ring.wait, 0, FOR_MANUAL)
+        wait_until(lambda: ring._crowds)
+        time.sleep(0.05)
+        ring.publish([*(frame(seq, 900) for seq in range(1, 20)), frame(20, source="manual")])
+        assert waiting.result(2) > 10
+
+
+def test_who_comes_ahead_of_the_ring_takes_nothing_from_those_who_wait_with_him(ring):
+    """His cursor is of the file, where a commit stands a moment before it is told."""
+    time.sleep(0.05)  # the waker's first look wakes all
+    ring.publish([frame(1)])
+    with ThreadPoolExecutor(2) as pool:
+        ahead = pool.submit(ring.wait, 3, FOR_MANUAL)
+        wait_until(lambda: ring._crowds)
+        behind = pool.submit(ring.wait, 1, FOR_MANUAL)
+        time.sleep(0.05)
+        ring.publish([frame(2, source="manual"), frame(3, source="manual")])
+        assert (behind.result(2), ahead.result(2)) == (1, 3)
 
 
 class Interrupted(threading.Event):
@@ -881,15 +936,18 @@ class Interrupted(threading.Event):
 
 def test_a_reader_that_begins_to_wait_while_others_are_woken_sees_the_end(ring):
     """The end falls between the wake-up of the readers and the waker's look whether all is over."""
-    newcomers = []
+    found = []
+    newcomer = threading.Thread(target=lambda: found.append(ring.wait(1, FOR_MANUAL)))
 
     def meanwhile() -> None:
-        newcomers.append(ring._wake)  # what somebody would now wait for
+        newcomer.start()
+        wait_until(lambda: FOR_MANUAL in ring._crowds)
         ring.close()
 
-    ring._wake = Interrupted(meanwhile)
-    ring.publish([frame(1)])
-    assert wait_until(lambda: newcomers)[0].wait(1)
+    ring._crowds[FOR_OTHERS] = SimpleNamespace(seen=0, wake=Interrupted(meanwhile))
+    ring.publish([frame(1, source="other")])
+    wait_until(lambda: found == [1])
+    newcomer.join()
 
 
 HEAD = {"stream": "here", "seq": 50, "pruned": 10, "secret": b""}
@@ -953,10 +1011,11 @@ def test_a_live_reader_of_nothing_gets_checkpoints_as_three_thousand_pass(ring, 
 
 
 @pytest.mark.parametrize(("form", "sign"), [("sse", b":"), ("ndjson", b"\n")])
-def test_a_quiet_reader_gets_a_sign_of_life_and_a_late_checkpoint(ring, monkeypatch, form, sign):
+def test_a_quiet_reader_gets_a_sign_of_life_and_a_late_checkpoint(monkeypatch, form, sign):
     """A heartbeat where the cursor did not move, a checkpoint where a little went by."""
     monkeypatch.setattr(monitor, "WAIT_SECONDS", 0.01)
     monkeypatch.setattr(monitor, "QUIET_SECONDS", 0.02)
+    ring = monitor.Broadcaster()
     follow = monitor.follow(None, ring, 0, monitor.Filter(source="nobody"), poll=False)
     chunks = monitor.stream_bytes(monitor.FORMATS[form], monitor.Cursor(0, True), HEAD, follow)
     assert b"hello" in next(chunks)

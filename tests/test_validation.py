@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from wire import words
 
 import monitor
-from monitor import Config, Problem, QueryText
+from monitor import Config, Field, Problem, QueryText
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
 STORABLE = st.recursive(
@@ -130,9 +130,9 @@ NO_ADDRESSES = words(
 
 @pytest.mark.parametrize("text", ["", "host name:1", *NO_ADDRESSES])
 def test_what_is_no_address_is_refused_in_a_sentence_that_names_it(text):
-    problem = refusal(monitor.parse_bind, text, code="server_misconfigured")
-    assert "MONITOR_BIND" in problem.message
-    assert repr(text) in problem.message
+    assert repr(text) in refusal(monitor.parse_bind, text).message
+    given = {"MONITOR_BIND": text or "nope"}
+    assert "MONITOR_BIND" in refusal(Config.load, given, code="server_misconfigured").message
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,9 @@ def test_a_database_is_named_by_a_path_or_a_url(text, path):
 
 @pytest.mark.parametrize("text", ["", " ", "sqlite:", "sqlite:?mode=rwc", "sqlite:a\0b"])
 def test_what_names_no_database_is_refused(text):
-    assert "MONITOR_DB" in refusal(monitor.parse_database, text, code="server_misconfigured").message
+    assert repr(text) in refusal(monitor.parse_database, text).message
+    given = {"MONITOR_DB": text or "sqlite:"}
+    assert "MONITOR_DB" in refusal(Config.load, given, code="server_misconfigured").message
 
 
 @pytest.mark.parametrize(("name", "value"), [("MONITOR_BIND", "nope"), ("MONITOR_DB", "sqlite:")])
@@ -288,15 +290,14 @@ def test_json_may_be_as_deep_as_the_limit_and_no_deeper(make):
 # ------------------------------------------------------------------------------------------------------
 
 ID = "0a1b2c3d-4e5f-4a6b-8c7d-9e0f1a2b3c4d"
-TEXT_FIELD, OPEN_TEXT = monitor.text_field(5), monitor.text_field(5, empty=True)
-CHOICE, FLAG, JSON = monitor.choice_field("a", "b"), monitor.flag_field(), monitor.field_of(object, "")
-TAGS, REFERENCE, OBJECT = (
-    monitor.tags_field(3, 5),
-    monitor.reference_field(),
-    monitor.field_of(dict, "an object"),
+FLAG, JSON, REFERENCE, TIME = (Field(kind, {}) for kind in ("flag", "any", "reference", "time"))
+OBJECT = Field("any", {"type": "object"})
+TEXT_FIELD, OPEN_TEXT = Field("text", {"minLength": 1, "maxLength": 5}), Field("text", {"maxLength": 5})
+CHOICE, TAGS = (
+    Field("choice", {"enum": ["a", "b"]}),
+    Field("tags", {"maxItems": 3, "items": TEXT_FIELD.schema}),
 )
-NUMBER, PAGE = monitor.number_field(), monitor.number_field(least=1, most=200)
-TIME = monitor.time_field()
+NUMBER, PAGE = Field("number", {"minimum": 0}), Field("number", {"minimum": 1, "maximum": 200})
 BODY_FIELDS = st.sampled_from([TEXT_FIELD, OPEN_TEXT, CHOICE, FLAG, TAGS, REFERENCE, OBJECT])
 QUERY_FIELDS = st.sampled_from([TEXT_FIELD, OPEN_TEXT, CHOICE, REFERENCE, NUMBER, PAGE, FLAG, TIME])
 
@@ -370,9 +371,9 @@ def test_a_field_takes_or_refuses_whatever_can_come(case):
 
 
 CLEANED = {
-    "name": monitor.text_field(10, required=True),
-    "note": monitor.text_field(10),
-    "any": monitor.field_of(object, ""),
+    "name": Field("text", {"minLength": 1, "maxLength": 10}, required=True),
+    "note": Field("text", {"minLength": 1, "maxLength": 10}),
+    "any": JSON,
 }
 
 
@@ -429,7 +430,7 @@ def test_timestamps_sort_as_the_moments_do(one, other):
 @given(st.text(max_size=30) | MOMENTS.map(datetime.datetime.isoformat))
 def test_any_text_is_a_time_or_refused(text):
     try:
-        taken = monitor.time_field().check(text, "since")
+        taken = TIME.check(text, "since")
     except Problem as problem:
         assert problem.field == "since"
     else:
