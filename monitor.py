@@ -35,6 +35,7 @@ import dataclasses
 import datetime
 import errno
 import functools
+import gzip
 import hashlib
 import hmac
 import importlib.util
@@ -168,6 +169,13 @@ def split_list(text: str) -> list[str]:
     return [entry.strip() for entry in text.split(",") if entry.strip()]
 
 
+def parse_event_rule(rule: str) -> str:
+    """One rule of MONITOR_GITHUB_EVENTS."""
+    if not re.fullmatch(r"-?[a-z_*]+(\.[a-z_*]+)?", rule):
+        raise invalid(f"{rule[:60]!r} must look like push or -star.created")
+    return rule
+
+
 def spool_folder(server: str) -> str | None:
     """The folder of events that a server has not taken yet; None: there is to be none."""
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
@@ -184,6 +192,8 @@ PARSERS = {  # by setting: the field of Config that it fills, and what reads it
     "MONITOR_ALLOWED_HOSTS": ("allowed_hosts", lambda text: tuple(map(str.lower, split_list(text)))),
     "MONITOR_REDACT": ("redact", lambda text: parse_word(("on", "off"), text) == "on"),
     "MONITOR_STUCK_AFTER": ("stuck_after", parse_age),
+    "MONITOR_GITHUB_SECRET": ("github_secrets", lambda text: tuple(map(str.encode, split_list(text)))),
+    "MONITOR_GITHUB_EVENTS": ("github_events", lambda text: tuple(map(parse_event_rule, split_list(text)))),
     "MONITOR_RETENTION": (
         "retention",
         lambda text: tuple((":" in rule, parse_age(rule.removeprefix("data:"))) for rule in split_list(text)),
@@ -204,6 +214,8 @@ class Config:
     allowed_hosts: tuple[str, ...]
     redact: bool
     stuck_after: datetime.timedelta
+    github_secrets: tuple[bytes, ...]
+    github_events: tuple[str, ...]
     retention: tuple[tuple[bool, datetime.timedelta], ...]  # (only the data, age)
     tended: bool = True  # whether to do what is to be done from time to time
 
@@ -437,7 +449,7 @@ TASK_QUERY = fields("workstream_id status attention include_hidden include_archi
 OF_TASK = fields("task_id")
 SESSION_MOVE = fields("source! task_id! updates")
 LINK_NAME = fields("link! value! repository")
-LINK = LINK_NAME | fields("task_id!")
+LINK = LINK_NAME | fields("task_id! close_on_merge")
 STREAM_FILTER = fields("task_id workstream_id source kind level tag")
 UPDATE_QUERY = STREAM_FILTER | fields("q after_seq before_seq since until order limit total")
 
@@ -919,6 +931,95 @@ def github_draft(payload: object, headers: dict | None = None) -> Draft:
     return Draft(source, message, kind, level, tags, data, keep)
 
 
+class Subject(NamedTuple):
+    """What an event of GitHub is about: what decides the task that it belongs to, and what the task shows."""
+
+    repository: str
+    branch: str  # fork:branch in a fork
+    keys: list[tuple[str, str]]  # (where it stands, key) of tasks that texts name
+    links: list[tuple[str, str, str]]  # (kind, value, repository), the most telling first
+    learnt: list[tuple[str, str, str]]  # those that lead more of the same to the task
+    fixes: list[tuple[str, str, str]]
+    check: dict | None
+    pull: dict | None
+
+
+def github_subject(payload, draft):
+    """What the event of a payload is about; `draft` is what github_draft made of it."""
+    payload, data = payload if isinstance(payload, dict) else {}, draft.data
+    repository, branch = data.get("repo", ""), str(data.get("branch", ""))
+    home = data.get("head_repo") or repository
+    values = {"pr": data.get("pr"), "branch": branch, "commit": data.get("sha"), "issue": data.get("issue")}
+    links = [(kind, str(value), repository) for kind, value in values.items() if value and repository]
+    links = [(kind, value, home if kind == "branch" else place) for kind, value, place in links]
+    texts = {"branch": branch}
+    for place, paths in tables().github_texts.items():
+        ways = ([int(step) if step.isdigit() else step for step in path.split(".")] for path in paths.split())
+        texts[place] = "\n".join(dig(payload, *way)[:20_000] for way in ways)
+    found = functools.partial(re.findall, string="\n".join(texts.values()))
+    named, trailer, fixed = (tables().github_patterns[name] for name in ("key", "trailer", "fixes"))
+    keys = [(f"key:{place}", *key) for place in list(texts)[:3] for key in re.findall(named, texts[place])]
+    keys = [(how, number or name) for how, number, name in keys[:20]]
+    keys += [("key:trailer", name) for name in found(trailer)[:20]]
+    fixes = [("issue", number, other or repository) for other, number in found(fixed)[:20]]
+    shared = home == repository and branch in ("main", "master", dig(payload, "repository", "default_branch"))
+    learnt = tables().github_learnt.get(data.get("event"), "").split()
+    learnt = [link for link in links if link[0] in learnt and not (link[0] == "branch" and shared)]
+    branch = branch if home == repository or not branch else f"{home.partition('/')[0]}:{branch}"
+    facts = github_check(payload, data), github_pull(payload)
+    return Subject(repository, branch, keys, links, learnt, fixes, *facts)
+
+
+def github_number(value, default=0):
+    """A number that can be stored; anything else is `default`."""
+    fits = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_INTEGER
+    return value if fits else default
+
+
+def github_check(payload, data):
+    """The run of a check that an event tells of: name, number, state; None where it tells of none."""
+    event, actions = data.get("event"), data.get("app") == "github-actions"
+    paths = tables().github_checks.get(event)
+    if paths is None or (event == "check_suite" and actions):
+        return None  # all its workflows have one of that name
+    states, view = tables().github_states, payload | {"": payload.get(event)}
+    words = [data.get(name, "") for name in ("conclusion", "action", "status")]
+    word = next((word for word in words if word in states), "")
+    return {
+        "name": f"{event}:{one_line(github_value(view, paths)).partition('@')[0]}"[:200],
+        "part": int(event == "workflow_job" or (event == "check_run" and actions)),
+        "run": github_number(github_value(data, "run_number|id")),
+        "attempt": github_number(data.get("run_attempt"), 1),
+        "state": states.get(word) or ("cancelled" if "completed" in words else "queued"),
+        "url": data.get("url", ""),
+        "at": github_value(data, "updated_at|completed_at|started_at"),
+    }
+
+
+def github_pull(payload):
+    """The state of the pull request that an event tells of; None where it tells of none."""
+    pull = dig(payload, "pull_request", kind=dict, default={})
+    number, state = github_number(pull.get("number")), dig(pull, "state")
+    if not number or state not in ("open", "closed"):
+        return None
+    state = "merged" if pull.get("merged") is True or dig(pull, "merged_at") else state
+    url = (re.findall(r"^https?://[\w.:-]+/[\w./-]{1,500}$", dig(pull, "html_url")) or [""])[0]
+    return {"number": number, "state": state, "url": url, "at": dig(pull, "updated_at")}
+
+
+def github_wanted(rules, draft):
+    """Whether an event is stored: by the noise rules, unless one of MONITOR_GITHUB_EVENTS says otherwise. The
+    last that fits counts; each names an event, and where it goes on, the action or conclusion."""
+    import fnmatch
+
+    data, keep = draft.data, draft.keep
+    names = [draft.tags[1], *(f"{draft.tags[1]}.{data.get(name)}" for name in ("action", "conclusion"))]
+    for rule in rules:
+        if any(fnmatch.fnmatchcase(name, rule.removeprefix("-")) for name in names):
+            keep = not rule.startswith("-")
+    return keep
+
+
 # ======================================================================================================
 # runs: what a run of an agent tells: where it works, what is kept of it, whether it waits
 # ======================================================================================================
@@ -1140,12 +1241,14 @@ class Kind(NamedTuple):
     def make(self, row: sqlite3.Row) -> dict[str, Any]:
         """A row as the JSON object clients know: what has no value is left out."""
         found = {name: row[name] for name in self.columns.split() if row[name] is not None}
-        return found | {name: json.loads(found[name]) for name in ("metadata", "attention") if name in found}
+        return found | {name: json.loads(found[name]) for name in JSON_COLUMNS if name in found}
 
 
+JSON_COLUMNS = ("metadata", "attention", "ci", "pull_requests")
 COLUMNS = "id name status created_at updated_at metadata"
 WORKSTREAM = Kind("workstream", "workstreams", "workstreams", COLUMNS, NEW_WORKSTREAM, WORKSTREAM_CHANGES)
 COLUMNS += " number workstream_id summary_text summary_updated_at summary_source hidden_at attention"
+COLUMNS += " ci pull_requests"
 TASK = Kind("task", "tasks", "task_rows", COLUMNS, NEW_TASK, TASK_CHANGES)
 
 
@@ -1281,7 +1384,9 @@ class Queries:
         """Objects of a view (session_rows, link_rows), only those of a task where one is named."""
         task = self.filter(wanted).task
         rows = self.rows(f"SELECT * FROM {view} WHERE :task IS NULL OR task = :task LIMIT 1000", task=task)
-        return [{n: v for n, v in dict(row).items() if n != "task" and v is not None} for row in rows]
+        found = [{n: v for n, v in dict(row).items() if n != "task" and v is not None} for row in rows]
+        flags = ("learnt", "close_on_merge")
+        return [row | {name: True for name in flags if name in row} for row in found]
 
     def waiting(self, run: sqlite3.Row) -> list[sqlite3.Row]:
         """What a run and its subagents wait for."""
@@ -1308,6 +1413,29 @@ class Queries:
             ORDER BY kind, length(links.value) DESC LIMIT 1
         """
         return self.first(sql, **place._asdict(), folders=dump(folders))
+
+    def keyed_task(self, key: str) -> sqlite3.Row | None:
+        """The task of a whole key: its number or id, not the first digits of one."""
+        sql = "SELECT * FROM task_rows WHERE id = :key OR number = :number"
+        number = int(key) if key.isdecimal() and len(key) < 19 else None
+        return self.first(sql, key=key.lower(), number=number)
+
+    def linked(self, kind: str, value: str, repository: str) -> list[sqlite3.Row]:
+        """The links of one name, of a repository and of any."""
+        sql = """
+            SELECT task, learnt, close_on_merge FROM links
+            WHERE kind = :kind AND value = :value AND repository IN ('', :repository)
+        """
+        return self.rows(sql, kind=kind, value=value, repository=repository)
+
+    def newest_run(self, branch: str, repository: str) -> list[sqlite3.Row]:
+        """The newest run of an agent on a branch, if there was one."""
+        sql = """
+            SELECT task, 0 AS close_on_merge FROM sessions
+            WHERE branch = :branch AND repository = :repository COLLATE NOCASE
+            ORDER BY seen_at DESC LIMIT 1
+        """
+        return self.rows(sql, branch=branch, repository=repository)
 
     def session_ended(self, signature: str) -> bool:
         """Whether a browser session was ended by its user."""
@@ -1526,17 +1654,24 @@ class Transaction(Queries):
         for number in {row["task"] for row in self.rows(sql, before=before)}:
             self.append_row(TASK, "updated", number)
 
-    def folder_workstream(self, folder: str, moment: str) -> int:
-        """The workstream of a repository's folder: its own, one of its name that has none, or a new one."""
+    def folder_workstream(self, folder: str, moment: str, repository: str) -> int:
+        """The workstream of a repository's folder (of owner/name, where GitHub tells of it): its own, one of
+        its name that has none, or a new one."""
         name = PurePath(folder.replace("\\", "/")).name[:500] or "Inbox"
         sql = """
-            SELECT workstream FROM folders WHERE path = :folder
+            SELECT * FROM (
+                SELECT workstream FROM folders WHERE path IN (:folder, nullif(:repository, ''), (
+                    SELECT project FROM sessions
+                    WHERE :folder = :repository AND repository = :repository COLLATE NOCASE
+                      AND repository <> '' ORDER BY seen_at DESC LIMIT 1))
+                ORDER BY path <> :folder)
             UNION ALL
             SELECT * FROM (
                 SELECT number FROM workstreams WHERE name = :name AND status = 'active'
                   AND number NOT IN (SELECT workstream FROM folders) ORDER BY number)
         """
-        found, values = self.first(sql, folder=folder, name=name), {"name": name, "created_at": moment}
+        found = self.first(sql, folder=folder, name=name, repository=repository)
+        values = {"name": name, "created_at": moment}
         number = found[0] if found else self.add(WORKSTREAM, values | {"updated_at": moment})
         self.db.execute("INSERT OR IGNORE INTO folders (path, workstream) VALUES (?, ?)", (folder, number))
         return number
@@ -1560,8 +1695,24 @@ class Transaction(Queries):
 
     def link(self, task: int, link: dict[str, str]) -> None:
         """Bind what a link names to a task; what was bound to another one changes hands."""
-        sql = "REPLACE INTO links (kind, value, repository, task) VALUES (:link, :value, :repository, :task)"
-        self.db.execute(sql, {"repository": ""} | link | {"task": task})
+        sql = """
+            REPLACE INTO links (kind, value, repository, task, close_on_merge)
+            VALUES (:link, :value, :repository, :task, :close_on_merge)
+        """
+        self.db.execute(sql, {"repository": "", "close_on_merge": False} | link | {"task": task})
+
+    def learn(self, task: int, links: Iterable[tuple[str, str, str]]) -> None:
+        """Bind what events have shown to belong to a task; what a person has bound stays."""
+        sql = """
+            INSERT INTO links (kind, value, repository, task, learnt) VALUES (?, ?, ?, ?, 1)
+            ON CONFLICT DO UPDATE SET task = excluded.task WHERE learnt
+        """
+        self.db.executemany(sql, [(*link, task) for link in links])
+
+    def put(self, table: str, values: dict[str, Any]) -> None:
+        """Add a row; the names of table and columns are ours."""
+        slots = ", ".join(f":{name}" for name in values)
+        self.db.execute(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({slots})", values)
 
     def unlink(self, link: dict[str, str]) -> int:
         """Remove a link; returns how many that were."""
@@ -1927,6 +2078,7 @@ WAKE_SECONDS = 0.005  # one wake and write costs 9 to 15 microseconds a reader, 
 WAIT_SECONDS = 5  # a quiet stream looks up this often; with the next, a sign of life at least every 15 s
 QUIET_SECONDS = 9
 CHECKPOINT_ROWS = 1000
+TICK_SECONDS = 0.25
 MAX_STREAMS = 2000
 
 
@@ -2038,6 +2190,19 @@ def follow(store: Store, broadcaster: Broadcaster, cursor: int, chosen: Filter, 
             return
         elif (cursor := broadcaster.wait(cursor, chosen)) >= broadcaster.head:
             yield [], cursor
+
+
+def ticks(batches: Iterable, broadcaster: Broadcaster) -> Iterator:
+    """Coalesce batches to at most one `tick` each TICK_SECONDS, the last event's included: a page only wants
+    to know that something changed, and how far the log goes."""
+    due, pending = 0.0, False
+    for frames, cursor in batches:
+        pending = pending or bool(frames)
+        if pending and cursor >= broadcaster.head:
+            time.sleep(max(0.0, due - time.monotonic()))
+        told = pending and time.monotonic() >= due
+        yield ([Frame(cursor, "tick", None, None, dump({"seq": cursor}))] if told else []), cursor
+        due, pending = (time.monotonic() + TICK_SECONDS, False) if told else (due, pending)
 
 
 # Where a stream begins: after which seq, what `hello` says, and why the wish could not be met.
@@ -2223,12 +2388,24 @@ class Monitor:
         known = self.store.read_here(lambda q: q.session(hook.agent, facts.get("session_id")))
         if known is None or facts["event"] in ("SessionStart", "Stop", "SessionEnd"):
             place = self._in_thread(find_place, facts["cwd"])
-        data = kept_data(draft.data)
-        if hook.time and isinstance(data, dict):
-            data["occurred_at"] = hook.time
-        draft = draft._replace(data=data)
+        draft = draft._replace(data=kept_data(draft.data))
+        if hook.time and isinstance(draft.data, dict):
+            draft.data["occurred_at"] = hook.time
         facts["title"] = one_line(facts.get("prompt", ""), 80)
         self.store.write(lambda t: record_hook(t, hook, facts, draft, place, moment or timestamp()))
+
+    def take_webhook(
+        self, payload: Any, headers: dict[str, str], named: str | None = None, moment: str | None = None
+    ) -> tuple[str, int]:
+        """Take in an event of GitHub: find its task (`named` refers to one), store it there if it is worth
+        that, and bring up to date what the task shows. Returns the JSON that answers it, and the status."""
+        payload = self.masked(payload)
+        draft = github_draft(payload, headers)
+        draft = draft._replace(keep=github_wanted(self.config.github_events, draft))
+        subject = github_subject(payload, draft)
+        if draft.tags[1] == "ping":
+            return dump({"status": "ping", "message": draft.message}), 200
+        return self.store.write(lambda t: record_webhook(t, draft, subject, named, moment or timestamp()))
 
     def take_spooled(self) -> None:
         """Take in what hooks on this machine kept while no server answered, oldest first."""
@@ -2256,7 +2433,8 @@ class Monitor:
         return self.store.write(operation)
 
     def link(self, fields: dict[str, Any]) -> str:
-        """Bind a folder or branch to a task; returns the task."""
+        """Bind a folder, branch, pull request ... to a task; returns the task."""
+        fields = link_name(fields)
 
         def operation(t: Transaction) -> str:
             task = t.one(TASK, fields["task_id"])
@@ -2266,7 +2444,7 @@ class Monitor:
         return self.store.write(operation)
 
     def unlink(self, fields: dict[str, Any]) -> dict[str, int]:
-        """Unbind a folder or branch; returns how many were bound."""
+        """Unbind a folder, branch ...; returns how many were bound."""
         return {"removed": self.store.write(lambda t: t.unlink(link_name(fields)))}
 
     def _tend(self) -> None:
@@ -2424,8 +2602,8 @@ def task_of_run(t: Transaction, hook: Hook, facts: dict, draft: Draft, place: Pl
         return linked["number"]
     title = facts["title"] if draft.kind == "user_prompt" else ""
     values = {"name": title or provisional_name(hook.agent, place.project), "created_at": moment}
-    values |= {"workstream": t.folder_workstream(place.project, moment), "updated_at": moment}
-    return t.add(TASK, values)
+    workstream = t.folder_workstream(place.project, moment, place.repository)
+    return t.add(TASK, values | {"workstream": workstream, "updated_at": moment})
 
 
 def provisional_name(agent: str, project: str) -> str:
@@ -2458,10 +2636,92 @@ def note_run(t, run, facts, draft, place, moment, seq) -> None:
 
 
 def link_name(fields: dict[str, Any]) -> dict[str, Any]:
-    """What a link names, as runs name it: the path of a folder is absolute, without a slash at its end."""
-    if fields["link"] == "folder" and not re.match(r"/|[A-Za-z]:[/\\]", fields["value"]):
+    """A link as events name it: the path of a folder absolute, without a slash at its end; the repository
+    apart, where it is said with the value: owner/name#12, or a page's address."""
+    kind, value = fields["link"], fields["value"]
+    if kind == "folder" and not re.match(r"/|[A-Za-z]:[/\\]", value):
         raise invalid("value must be the absolute path of a folder", "value")
-    return fields | ({"value": fields["value"].rstrip("/\\") or "/"} if fields["link"] == "folder" else {})
+    value = (value.rstrip("/\\") or "/") if kind == "folder" else value
+    if kind in ("pr", "issue", "commit"):
+        said = re.fullmatch(r"(?:(?:https?://[^/\s]+/)?([\w.-]+/[\w.-]+)(?:#|@|/\w+/))?#?(\w+)/?", value)
+        if not said or (kind != "commit" and not re.fullmatch("[1-9][0-9]{0,17}", said[2])):
+            raise invalid("value must be a number or SHA, as 12 or owner/name#12", "value")
+        fields, value = fields | ({"repository": said[1]} if said[1] else {}), said[2]
+    return fields | {"value": value.lower() if kind in ("commit", "repo") else value}
+
+
+def route(t: Transaction, subject: Subject, named: str | None) -> tuple[sqlite3.Row | None, str, bool]:
+    """The task that an event belongs to, what led there, and whether a link says to close it on a merge."""
+    found = [(f"link:{link[0]}", row) for link in subject.links for row in t.linked(*link)]
+    found.sort(key=lambda each: each[1]["learnt"])  # what a person set comes first
+    found += [
+        ("run", row) for kind, *link in subject.links if kind == "branch" for row in t.newest_run(*link)
+    ]
+    found += [("fixes", row) for link in subject.fixes for row in t.linked(*link)]
+    name = subject.repository.lower()
+    found += [(kind, row) for kind in ("repo", "inbox") for row in t.linked(kind, name, "")]
+    keyed = ((how, t.keyed_task(key)) for how, key in subject.keys)
+    linked = ((how, t.one(TASK, str(row["task"]))) for how, row in found)
+    fits = (each for each in itertools.chain(keyed, linked) if each[1] is not None)
+    how, task = next(fits, ("inbox", None))
+    if named:
+        how, task = "task_id", t.one(TASK, FIELDS["task_id"].check(named, "task_id"))
+    closing = {row["task"] for _, row in found if row["close_on_merge"]}
+    return task, how, task is not None and task["number"] in closing
+
+
+def inbox_of(t: Transaction, repository: str, now: str) -> sqlite3.Row:
+    """A new task for the events of a repository that belong to no other."""
+    values = {"name": f"GitHub inbox: {repository or 'no repository'}", "created_at": now, "updated_at": now}
+    values |= {"workstream": t.folder_workstream(repository, now, repository)}
+    task = t.one(TASK, str(t.add(TASK, values)))
+    t.link(task["number"], {"link": "inbox", "value": repository.lower()})
+    return task
+
+
+def record_webhook(t, draft: Draft, subject: Subject, named: str | None, now: str) -> tuple[str, int]:
+    """Store an event of GitHub, in one transaction: the update, links learnt from it, what the task shows."""
+    task, how, closes = route(t, subject, named)
+    status, body, seq = 200, dump({"status": "dropped", "message": draft.message}), None
+    if draft.keep:
+        task = task if task is not None else inbox_of(t, subject.repository, now)
+        # Not by the delivery alone: several hooks for one event share it. Senders' keys hold no line break.
+        delivery = draft.data.get("delivery")
+        key = f"github\n{delivery}\n{task['number']}"
+        seen = t.seen_key(key, b"", now) if delivery else None
+        if seen is not None:
+            return t.update(seen["seq"]), 200
+        told = draft._replace(data=draft.data | {"routed_by": how})
+        body = t.insert_update(task, draft_fields(task["id"], told), now)
+        status = 202 if how == "inbox" else 200
+        seq = t.frames[-1].seq
+        if delivery:
+            t.keep_key(key, b"", now, seq)
+    if task is not None:
+        t.learn(task["number"], subject.learnt if how not in ("repo", "inbox") else ())
+        merged = draft.data.get("action") == "closed" and draft.data.get("merged") is True
+        show_state(t, task, subject, closes and merged, seq, now)
+    return body, status
+
+
+def event_time(text: Any, now: str) -> str:
+    """When a payload says that something happened; now, where that is no time."""
+    with contextlib.suppress(Problem):
+        return FIELDS["since"].check(str(text), "at")
+    return now
+
+
+def show_state(t: Transaction, task: sqlite3.Row, subject: Subject, closes: bool, seq: int | None, now: str):
+    """Bring checks and pull requests of a task up to date, and log the task where it then shows others."""
+    place = {"task": task["number"], "repository": subject.repository, "branch": subject.branch}
+    for name, facts in (("check_events", subject.check), ("pull_events", subject.pull)):
+        if facts:
+            t.put(name, facts | place | {"at": event_time(facts["at"], now), "seq": seq})
+    after = t.one(TASK, str(task["number"]))
+    if closes and task["status"] in ("active", "blocked"):
+        t.change(TASK, task["number"], {"status": "done", "updated_at": now})
+    elif any(after[name] != task[name] for name in ("ci", "pull_requests", "attention")):
+        t.append_row(TASK, "updated", task["number"])
 
 
 def task_changes(t: Transaction, row: sqlite3.Row, values: dict[str, Any], now: str) -> dict[str, Any]:
@@ -2561,9 +2821,18 @@ def logged_in() -> bool:
     return not ended and any(hmac.compare_digest(found[3], known) for known in signatures)
 
 
+def signed(secrets_: tuple[bytes, ...], signature: str, *bodies: bytes) -> bool:
+    """Whether one of the bodies has the signature of one of the secrets (X-Hub-Signature-256)."""
+    given = signature.encode("utf-8", "replace")
+    made = [hmac.new(each, body, hashlib.sha256).hexdigest() for each in secrets_ for body in bodies]
+    return any(hmac.compare_digest(given, b"sha256=" + known.encode()) for known in made)
+
+
 def token_needed(config: Config) -> bool:
     """Whether the current request needs a token or a session."""
     request = flask.request
+    if request.path == "/api/webhooks/github" and config.github_secrets:
+        return False  # its signature stands for the token
     short_health = request.path == "/health" and not request.args.get("full")
     if short_health or request.path == "/login" or request.path.startswith("/static/"):
         return False
@@ -2603,7 +2872,8 @@ PAGE_HEADERS = {
     ),
 }
 ERROR_HEADERS = {503: {"Retry-After": "2"}, 408: {"Connection": "close"}, 413: {"Connection": "close"}}
-MEDIA_TYPES = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+MEDIA_TYPES = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml", "txt": "text/plain"}
+COMPRESSED = ("text/html", *MEDIA_TYPES.values())
 PAGE_ROWS = 100
 
 
@@ -2732,6 +3002,26 @@ def receive_hook(agent: str):
     return flask.Response(status=204)
 
 
+def receive_webhook():
+    """Take in GitHub's own request: JSON, a form with JSON in it, or the wrapper that smee makes of that."""
+    from urllib.parse import parse_qs
+
+    request, secrets_, raw = flask.request, monitor().config.github_secrets, read_body(MAX_WEBHOOK)
+    bodies = [raw]  # before anything else reads it: of a form the raw bytes are signed, by Gitea the JSON
+    if request.mimetype == "application/x-www-form-urlencoded":
+        with contextlib.suppress(ValueError):
+            found = parse_qs(raw.decode("latin-1"), max_num_fields=100, encoding="latin-1")
+            bodies += [text.encode("latin-1") for text in found.get("payload", [])[:1]]
+    if secrets_ and not signed(secrets_, request.headers.get("X-Hub-Signature-256", ""), *bodies):
+        raise Problem("unauthorized", "X-Hub-Signature-256 is not there, or not of MONITOR_GITHUB_SECRET")
+    payload = parse_hook(bodies[-1])
+    if isinstance(payload, dict) and len(payload) == 1 and isinstance(payload.get("payload"), str):
+        payload = parse_hook(payload["payload"].encode("utf-8", "replace"))
+    headers = {name: request.headers.get(name, "") for name in ("X-GitHub-Event", "X-GitHub-Delivery")}
+    task = request.args.get("task_id") or request.headers.get("X-Monitor-Task", "").strip()
+    return answer(*monitor().take_webhook(payload, headers, task or None))
+
+
 def list_updates():
     """One page of updates."""
     wanted = query(UPDATE_QUERY)
@@ -2741,7 +3031,7 @@ def list_updates():
 def stream():
     """Follow the log: SSE, or NDJSON; with poll=1 what there is, then the end."""
     request, broadcaster, store = flask.request, monitor().broadcaster, monitor().store
-    wanted, accepted = query(STREAM_FILTER), request.headers.get("Accept", "")
+    wanted, accepted = query(STREAM_FILTER | fields("view")), request.headers.get("Accept", "")
     lines = request.args.get("format") == "ndjson" or "application/x-ndjson" in accepted
     style = FORMATS["ndjson" if lines else "sse"]
     named = (request.args.get(name) for name in ("lastEventId", "last_event_id", "after_seq"))
@@ -2753,6 +3043,7 @@ def stream():
         body: Iterable[bytes] = [b"retry: 30000\n: too many streams\n\n"] if style.ends else []
     else:
         batches = follow(store, broadcaster, start.seq, chosen, request.args.get("poll") in ("1", "true"))
+        batches = ticks(batches, broadcaster) if "view" in wanted else batches
         body = stream_bytes(style, start, head, batches, lambda: broadcaster.closed)
         broadcaster.streams += 1
     headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-store"}
@@ -2827,7 +3118,26 @@ def page(template: str, status: int = 200, **values: Any):
 def show_page(template: str, read: Callable[..., dict[str, Any]], names: str, **named: str):
     """A page of what `read` finds in the database for a query of these names, and what its path names."""
     wanted = query(fields(names))
-    return page(template, **monitor().store.read(lambda q: read(q, wanted, **named)))
+
+    def whole(q: Queries) -> dict[str, Any]:
+        head = q.head()  # looked at first: the page's stream tells what comes after it
+        return {"seq": head["seq"], "stream": head["stream"], "asking": asking(q)} | read(q, wanted, **named)
+
+    return page(template, **monitor().store.read(whole))
+
+
+def asking(q: Queries) -> list[dict[str, Any]]:
+    """The tasks that need somebody, the most urgent first: which is the order of the alphabet, too."""
+    tasks = q.tasks({"attention": ["blocked", "failed", "stuck"]})
+    return sorted(tasks, key=lambda task: (task["attention"]["state"], task["attention"]["since"]))
+
+
+def palette(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
+    """What the command palette leads to: open tasks first, the newest first."""
+    tasks = sorted(
+        q.tasks({}), key=lambda task: (task["status"] not in ("active", "blocked"), -task["number"])
+    )
+    return {"tasks": tasks[:500], "workstreams": q.workstreams({})}
 
 
 def dashboard(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -2855,7 +3165,8 @@ def one_task(q: Queries, wanted: dict[str, Any], reference: str) -> dict[str, An
     chosen = Filter(task=row["number"])
     workstream = WORKSTREAM.make(q.one(WORKSTREAM, row["workstream_id"]))
     found = {"task": TASK.make(row), "workstream": workstream, "workstreams": q.workstreams({})}
-    found["runs"] = q.of_task("session_rows", {"task_id": row["id"]})
+    of_task = {"task_id": row["id"]}
+    found |= {"runs": q.of_task("session_rows", of_task), "links": q.of_task("link_rows", of_task)}
     return found | {"total": q.updates(chosen, {"limit": 1})[1]} | thread(q, chosen, wanted)
 
 
@@ -2907,15 +3218,22 @@ def move_run_form(reference: str):
     return see_other("/tasks/{id}", monitor().move_run(clean(form(SESSION_MOVE, blanks=False), SESSION_MOVE)))
 
 
+def link_form(reference: str):
+    """The task page's forms that bind things to the task, or unbind them."""
+    posted = form(["remove", *LINK], blanks=False) | {"task_id": reference}
+    if posted.get("remove"):
+        monitor().unlink(clean(posted, LINK_NAME))
+    else:
+        monitor().link(clean(posted, LINK))
+    return flask.redirect(f"/tasks/{reference}", 303)
+
+
 def static_file(name: str):
-    """A file of static/, with an ETag."""
+    """A file of static/."""
     media_type = MEDIA_TYPES.get(name.rpartition(".")[2])
     if media_type and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
         with contextlib.suppress(FileNotFoundError):
-            response = flask.Response(asset("static", name), mimetype=media_type)
-            response.add_etag()
-            response.headers["Cache-Control"] = "no-cache"
-            return response.make_conditional(flask.request)
+            return flask.Response(asset("static", name), mimetype=media_type)
     raise Problem("not_found", f"no such file: {name[:60]!r}")
 
 
@@ -2928,6 +3246,7 @@ ROUTES = (  # an answer of one expression stands here
     ("POST", "/api/updates/claude-hook", lambda: post_update(CLAUDE_HOOK, claude_draft)),
     ("POST", "/api/updates/github-webhook", lambda: post_update(GITHUB_WEBHOOK, webhook_draft, MAX_WEBHOOK)),
     ("POST", "/api/hooks/<agent>", receive_hook),
+    ("POST", "/api/webhooks/github", receive_webhook),
     ("GET", "/api/sessions", lambda: list_all(lambda q, asked: q.of_task("session_rows", asked), OF_TASK)),
     ("POST", "/api/sessions/move", lambda: answer(monitor().move_run(clean(json_body(), SESSION_MOVE)))),
     ("GET", "/api/links", lambda: list_all(lambda q, asked: q.of_task("link_rows", asked), OF_TASK)),
@@ -2947,11 +3266,14 @@ ROUTES = (  # an answer of one expression stands here
     ("GET", "/dashboard", lambda: show_page("dashboard.html", dashboard, "")),
     ("GET", "/tasks/<reference>", lambda **named: show_page("task.html", one_task, "before_seq", **named)),
     ("GET", "/stream", lambda: show_page("stream.html", whole_thread, "before_seq q")),
+    ("GET", "/needs", lambda: show_page("needs.html", lambda q, wanted: {}, "")),
+    ("GET", "/palette", lambda: show_page("palette.html", palette, "")),
     ("POST", "/workstreams", lambda: take_form("/dashboard", WORKSTREAM)),
     ("POST", "/tasks", lambda: take_form("/tasks/{id}", TASK)),
     ("POST", "/tasks/<reference>", lambda **named: take_form("/tasks/{id}", TASK, **named)),
     ("POST", "/tasks/<reference>/updates", add_update_form),
     ("POST", "/tasks/<reference>/runs", move_run_form),
+    ("POST", "/tasks/<reference>/links", link_form),
     ("GET", "/static/<name>", static_file),
 )
 
@@ -2989,6 +3311,26 @@ def show_error(error: Exception):
     return response
 
 
+def finish(response):
+    """The headers that every answer has; of pages and files an ETag, 304, and gzip where it is accepted."""
+    request = flask.request
+    response.headers.extend(PAGE_HEADERS)
+    if (
+        response.status_code != 200
+        or request.method not in SAFE_METHODS
+        or response.mimetype not in COMPRESSED
+    ):
+        return response
+    response.add_etag(weak=True)  # the same for the compressed and the plain text
+    response.headers["Cache-Control"] = "no-cache"
+    response.vary.update(("Accept-Encoding", "Cookie"))
+    response.make_conditional(request)
+    if response.status_code == 200 and request.accept_encodings.quality("gzip") > 0:
+        response.set_data(gzip.compress(response.get_data(), 5, mtime=0))
+        response.content_encoding = "gzip"
+    return response
+
+
 def age(moment: str) -> str:
     """How long ago an RFC 3339 time was, in one unit: `40 s`, `4 m`, `2 h`, `3 d`."""
     seconds = (datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(moment)).total_seconds()
@@ -3008,7 +3350,7 @@ def create_app(config: Config | None = None):
     app.extensions["monitor"] = Monitor(config or Config.load())
     app.before_request(guard)
     app.before_request(read_path)
-    app.after_request(lambda response: response.headers.extend(PAGE_HEADERS) or response)
+    app.after_request(finish)
     for method, rule, handler in ROUTES:
         app.add_url_rule(rule, f"{method} {rule}".replace(".", " "), handler, methods=[method])
     app.register_error_handler(Exception, show_error)
@@ -3636,6 +3978,7 @@ PARAMETERS |= {each.name: setting_option(each, f"; {each.default or 'none'}") fo
 PARAMETERS |= {name: click.Argument([name]) for name in ("file", "id")}
 PARAMETERS |= {"agent": click.Argument(["agent"], type=click.Choice(AGENTS))}
 PARAMETERS |= {"any_agent": click.Argument(["agent"], type=click.Choice(AGENTS), required=False)}
+PARAMETERS |= {"any_task": click.Argument(["task"], required=False)}
 PARAMETERS |= {"seq": click.Argument(["seq"], type=int)}
 GLOBAL_OPTIONS = [setting_option(each, expose_value=False, callback=remember) for each in CLIENT_SETTINGS]
 GLOBAL_OPTIONS += [PARAMETERS["quiet"]]
@@ -3643,6 +3986,7 @@ GROUPS = (
     click.Group("workstream", params=GLOBAL_OPTIONS, help="Make, list and change workstreams."),
     click.Group("task", params=GLOBAL_OPTIONS, help="Make, list and change tasks."),
     click.Group("update", params=GLOBAL_OPTIONS, help="Add updates to tasks, or wipe one."),
+    click.Group("session", params=GLOBAL_OPTIONS, help="List the runs of agents, or move one."),
     click.Group("hooks", params=GLOBAL_OPTIONS, help="Plug coding agents in: their runs appear as tasks."),
 )
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -3788,9 +4132,44 @@ for definition in (  # words, request, arguments, fields of its body or query, h
     ("task list", "GET /api/tasks", "", TASK_QUERY, "List tasks, oldest first."),
     ("task update", "PATCH /api/tasks/{id}", "id", TASK_CHANGES, "Change a task."),
     ("update manual", "POST /api/updates/manual", "", MANUAL_UPDATE, "Add a person's update to a task."),
+    ("session list", "GET /api/sessions", "", OF_TASK, "List the runs of agents, the newest first."),
+    ("session move", "POST /api/sessions/move", "", SESSION_MOVE, "Give a run, by its source, to a task."),
     ("update redact", "POST /api/updates/{seq}/redact", "seq database", {}, REDACT),
 ):
     api_command(*definition)
+
+
+LINK_KINDS = fields("branch pr issue commit repo folder")
+
+
+def link_body(repository: str | None, **given: str | None) -> dict[str, str]:
+    """The one link that options name, as the API takes it."""
+    named = [(kind, value) for kind, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise click.UsageError(f"name one of --{', --'.join(LINK_KINDS)}")
+    kind, value = named[0]
+    body = {"link": kind, "value": os.path.abspath(value) if kind == "folder" else value}
+    return body | ({"repository": repository} if repository else {})
+
+
+@command("link", "any_task listed", LINK_KINDS | fields("repository close_on_merge"))
+def link(task: str | None, listed: bool, close_on_merge: bool | None, **given: str | None) -> None:
+    """Bind a branch, pull request, issue, repository or folder to TASK: what happens there goes to it."""
+    if listed:
+        return show(ask(*target(), "GET", "/api/links", {"task_id": task} if task else None))
+    if task is None:
+        raise click.UsageError("name the TASK that it is to be bound to")
+    body = link_body(**given) | {"task_id": task, "close_on_merge": close_on_merge}
+    return show(ask(*target(), "POST", "/api/links", body))
+
+
+@command("unlink", "", LINK_KINDS | fields("repository"))
+def unlink(**given: str | None) -> None:
+    """Unbind a branch, pull request, issue, repository or folder from its task."""
+    told = ask(*target(), "POST", "/api/links/remove", link_body(**given))
+    if not told.get("removed"):
+        raise Problem("not_found", "there is no such link; see: monitor link --list")
+    show(told)
 
 
 def progress_bar(length: int, label: str):
@@ -3978,9 +4357,10 @@ def story(served: Monitor, speed: float) -> Iterator[bool]:
                 served.change(TASK, step["task_id"], step, moment)
             elif does == "claude":
                 served.take_hook(Hook("claude", step["payload"], task=step["task_id"]), moment)
+            elif does == "github":
+                served.take_webhook(step["payload"], step["headers"], step["task_id"], moment)
             else:
-                told = draft_fields(step["task_id"], webhook_draft(step)) if does == "github" else step
-                served.add_update(clean(told, NEW_UPDATE), moment=moment)
+                served.add_update(clean(step, NEW_UPDATE), moment=moment)
 
 
 def main() -> None:

@@ -66,8 +66,11 @@ CREATE TABLE sessions (
 CREATE INDEX sessions_by_task ON sessions (task, state);
 CREATE INDEX sessions_by_folder ON sessions (folder, state);
 CREATE INDEX sessions_by_state ON sessions (state, seen_at);
+CREATE INDEX sessions_by_branch ON sessions (branch, seen_at);
+CREATE INDEX sessions_by_repository ON sessions (repository COLLATE NOCASE, seen_at);
 
--- The folder of a repository (of its main worktree), and the workstream of the runs in it.
+-- The folder of a repository (of its main worktree), and the workstream of the runs in it; or owner/name, where
+-- GitHub told of it first.
 CREATE TABLE folders (
     path       TEXT    PRIMARY KEY,
     workstream INTEGER NOT NULL REFERENCES workstreams (number)
@@ -75,16 +78,84 @@ CREATE TABLE folders (
 
 -- What a task is about: work that is seen there belongs to it.
 CREATE TABLE links (
-    kind       TEXT    NOT NULL CHECK (kind IN ('folder', 'branch', 'pr', 'issue', 'commit', 'repo')),
+    kind       TEXT    NOT NULL        -- repo: all that nothing else places; inbox: the same, made by us
+               CHECK (kind IN ('folder', 'branch', 'pr', 'issue', 'commit', 'repo', 'inbox')),
     value      TEXT    NOT NULL,
-    repository TEXT    NOT NULL DEFAULT '', -- owner/name or a folder; '': in any
+    repository TEXT    NOT NULL DEFAULT '' COLLATE NOCASE, -- owner/name or a folder; '': in any
     task       INTEGER NOT NULL REFERENCES tasks (number),
+    learnt     INTEGER NOT NULL DEFAULT 0 CHECK (learnt IN (0, 1)), -- from an event; what a person set stays
+    close_on_merge INTEGER NOT NULL DEFAULT 0 CHECK (close_on_merge IN (0, 1)),
     PRIMARY KEY (kind, value, repository)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX links_by_task ON links (task);
 CREATE VIEW link_rows AS
-    SELECT kind AS link, value, nullif(repository, '') AS repository, tasks.id AS task_id, task
+    SELECT kind AS link, value, nullif(repository, '') AS repository, tasks.id AS task_id, task,
+           nullif(learnt, 0) AS learnt, nullif(close_on_merge, 0) AS close_on_merge
     FROM links JOIN tasks ON tasks.number = task;
+
+-- Pull requests as their tasks show them.
+CREATE TABLE pull_requests (
+    task       INTEGER NOT NULL REFERENCES tasks (number),
+    repository TEXT    NOT NULL,
+    number     INTEGER NOT NULL,
+    branch     TEXT    NOT NULL,            -- as in checks
+    state      TEXT    NOT NULL CHECK (state IN ('open', 'closed', 'merged')),
+    url        TEXT    NOT NULL,
+    at         TEXT    NOT NULL,            -- its own time: events come in any order
+    PRIMARY KEY (task, repository, number)
+) STRICT, WITHOUT ROWID;
+
+-- Checks of a task: the newest run of each and, settled, the newest that passed or failed. Two rows, for a run
+-- that is queued or cancelled does not undo a failure, and events come in any order.
+CREATE TABLE checks (
+    task       INTEGER NOT NULL REFERENCES tasks (number),
+    repository TEXT    NOT NULL,
+    branch     TEXT    NOT NULL,            -- fork:branch in a fork; '': unknown
+    name       TEXT    NOT NULL,            -- workflow_run:PATH, check_run:NAME, status:CONTEXT ...
+    settled    INTEGER NOT NULL CHECK (settled IN (0, 1)),
+    part       INTEGER NOT NULL CHECK (part IN (0, 1)),  -- a job: it says nothing where its workflow is seen
+    run        INTEGER NOT NULL,            -- the number of the run, or its id
+    attempt    INTEGER NOT NULL,
+    state      TEXT    NOT NULL CHECK (state IN ('queued', 'running', 'passed', 'failed', 'cancelled')),
+    url        TEXT    NOT NULL,
+    at         TEXT    NOT NULL,
+    seq        INTEGER,                     -- the update that said so
+    PRIMARY KEY (task, repository, branch, name, settled)
+) STRICT, WITHOUT ROWID;
+-- What events tell is written into these two views: the newest is kept, whatever the order of delivery. A run that
+-- has ended never turns back; what was merged stays so, and of the same second, to be closed is the newer.
+CREATE VIEW check_events AS SELECT * FROM checks;
+CREATE TRIGGER check_told INSTEAD OF INSERT ON check_events BEGIN
+    INSERT INTO checks (task, repository, branch, name, settled, part, run, attempt, state, url, at, seq)
+        SELECT new.task, new.repository, new.branch, new.name, value, new.part, new.run, new.attempt, new.state,
+               new.url, new.at, new.seq
+        FROM json_each(CASE WHEN new.state IN ('passed', 'failed') THEN '[0, 1]' ELSE '[0]' END) WHERE TRUE
+        ON CONFLICT DO UPDATE SET run = excluded.run, attempt = excluded.attempt, state = excluded.state,
+            url = excluded.url, at = excluded.at, seq = excluded.seq
+        WHERE (excluded.run, excluded.attempt, excluded.state NOT IN ('queued', 'running'),
+               excluded.state = 'running', excluded.at)
+            > (run, attempt, state NOT IN ('queued', 'running'), state = 'running', at);
+END;
+CREATE VIEW pull_events AS SELECT *, NULL AS seq FROM pull_requests;
+CREATE TRIGGER pull_told INSTEAD OF INSERT ON pull_events BEGIN
+    INSERT INTO pull_requests (task, repository, number, branch, state, url, at)
+        VALUES (new.task, new.repository, new.number, new.branch, new.state, new.url, new.at)
+        ON CONFLICT DO UPDATE SET branch = excluded.branch, state = excluded.state, url = excluded.url,
+            at = excluded.at
+        WHERE (excluded.state = 'merged', excluded.at, excluded.state = 'closed')
+            > (state = 'merged', at, state = 'closed');
+END;
+-- Those that count: live as long as the newest pull request of their branch is open, or there is none.
+CREATE VIEW check_rows AS
+    SELECT checks.*, 'open' = coalesce(
+        (SELECT state FROM pull_requests AS p
+         WHERE p.task = checks.task AND p.repository = checks.repository AND p.branch = checks.branch
+         ORDER BY number DESC LIMIT 1), 'open') AS live
+    FROM checks
+    WHERE NOT part OR NOT EXISTS (
+        SELECT 1 FROM checks AS whole
+        WHERE whole.task = checks.task AND whole.repository = checks.repository
+          AND whole.branch = checks.branch AND whole.name GLOB 'workflow_run:*');
 
 -- A run as clients know it.
 CREATE VIEW session_rows AS
@@ -93,20 +164,38 @@ CREATE VIEW session_rows AS
            state, since, message, seq, nullif(subagent, '') AS subagent, task
     FROM sessions JOIN tasks ON tasks.number = sessions.task ORDER BY seen_at DESC;
 
--- What asks for somebody's attention, the most urgent with the lowest rank.
+-- What asks for somebody's attention, the most urgent with the lowest rank: of the runs, and of the checks. Two
+-- views, for SQLite does not carry the task that is asked for into one of both.
 CREATE VIEW attention AS
     SELECT task, CASE state WHEN 'blocked' THEN 1 WHEN 'stuck' THEN 3 ELSE 4 END AS rank, since, state,
            json_object('state', state, 'message', message, 'since', since, 'seq', seq,
                        'source', agent || ':' || id) AS body
     FROM sessions WHERE state IN ('blocked', 'stuck', 'idle');
+CREATE VIEW check_attention AS
+    SELECT task, 2 AS rank, at AS since, state,
+           json_patch('{}', json_object('state', state, 'since', at, 'seq', seq, 'message', coalesce(
+               (SELECT message FROM update_messages WHERE update_messages.seq = check_rows.seq),
+               name || ' failed'))) AS body
+    FROM check_rows WHERE settled AND state = 'failed' AND live;
 
--- A task as clients know it: with the id of its workstream, and with what asks for attention. A task that is
+-- A task as clients know it: with the id of its workstream, what asks for attention, the state of its checks (the
+-- worst of the newest runs) and its newest pull requests. A task that is
 -- over shows only who waits for an answer.
 CREATE VIEW task_rows AS
     SELECT tasks.*, workstreams.id AS workstream_id, workstreams.status AS workstream_status,
-           (SELECT body FROM attention
-            WHERE attention.task = tasks.number AND (rank = 1 OR tasks.status IN ('active', 'blocked'))
-            ORDER BY rank, since LIMIT 1) AS attention
+           (SELECT body FROM (SELECT * FROM attention WHERE attention.task = tasks.number UNION ALL
+                              SELECT * FROM check_attention WHERE check_attention.task = tasks.number)
+            WHERE rank = 1 OR tasks.status IN ('active', 'blocked')
+            ORDER BY rank, since LIMIT 1) AS attention,
+           (SELECT json_patch('{}', json_object('state', state, 'url', nullif(url, ''), 'run', run,
+                'attempt', attempt, 'at', at))
+            FROM check_rows WHERE check_rows.task = tasks.number AND NOT settled
+            ORDER BY live DESC, CASE state WHEN 'failed' THEN 1 WHEN 'running' THEN 2 WHEN 'queued' THEN 3
+                WHEN 'cancelled' THEN 4 ELSE 5 END, at DESC LIMIT 1) AS ci,
+           nullif((SELECT json_group_array(json_patch('{}', json_object('number', number, 'state', state,
+                'url', nullif(url, ''))))
+            FROM (SELECT * FROM pull_requests WHERE pull_requests.task = tasks.number
+                  ORDER BY state <> 'open', at DESC, number DESC LIMIT 20)), '[]') AS pull_requests
     FROM tasks JOIN workstreams ON workstreams.number = tasks.workstream;
 
 -- The log is the product: every change is one row, its JSON made once, in the transaction that made it.

@@ -395,7 +395,9 @@ def test_pages_hold_no_script_of_their_own_and_none_of_what_was_stored(server, m
     bare = [re.sub(r"\"[^\"]*\"|'[^']*'", '""', tag) for tag in tags]
     assert not [tag for tag in bare if re.search(r"\s(?:on\w+|style|srcdoc)\s*=", tag)]
     assert all("src=" in tag for tag in bare if tag.startswith("<script"))
-    sources = re.findall(r"(?:src|href|action)=\"([^\"]*)\"", " ".join(tags))
+    # Links to what a webhook told of, as the shared server shows them, load nothing.
+    ours = [tag for tag in tags if not re.match(r'<a href="https?://[^"]*" rel="noopener noreferrer"', tag)]
+    sources = re.findall(r"(?:src|href|action)=\"([^\"]*)\"", " ".join(ours))
     assert not [source for source in sources if not re.match(r"[/#?](?!/)", source)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gzip
 import json
 import re
 import signal
@@ -811,6 +812,51 @@ def test_no_path_leads_out_of_the_folder(server, name):
         connection.sendall(request.encode())
         with connection.makefile("rb") as answer:
             assert re.match(rb"HTTP/1\.1 (404|400) ", answer.read())
+
+
+# Sent once and small -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/dashboard", "/stream", "/tasks/1", "/palette", "/needs"])
+def test_a_page_that_is_the_same_is_not_sent_again(server, story, path):
+    first = server.ask("GET", path, headers=BROWSER)
+    again = server.ask("GET", path, headers=BROWSER | {"If-None-Match": first.headers["ETag"]})
+    if again.status_code == 200:  # a second has passed, and with it an age on the page
+        first, again = again, server.ask("GET", path, headers={"If-None-Match": again.headers["ETag"]})
+    assert (again.status_code, again.content, again.headers["ETag"]) == (304, b"", first.headers["ETag"])
+    assert first.headers["Cache-Control"] == "no-cache"
+    assert {"Accept-Encoding", "Cookie"} <= set(first.headers["Vary"].split(", "))
+
+
+def test_a_page_that_changed_is_sent_again(server, task):
+    first = server.ask("GET", page_of(task))
+    server.say(task, "something new")
+    again = server.ask("GET", page_of(task), headers={"If-None-Match": first.headers["ETag"]})
+    assert again.status_code == 200 and "something new" in again.text
+
+
+@pytest.mark.parametrize("path", ["/dashboard", "/static/live.js", "/static/style.css"])
+def test_pages_and_files_are_compressed_for_who_takes_it(server, story, path):
+    small = server.ask("GET", path, headers={"Accept-Encoding": "br, gzip"}, stream=True)
+    plain = server.ask("GET", path, headers={"Accept-Encoding": "gzip;q=0"}, stream=True)
+    assert (small.headers["Content-Encoding"], plain.headers.get("Content-Encoding")) == ("gzip", None)
+    packed = small.raw.read(decode_content=False)
+    assert len(packed) == int(small.headers["Content-Length"]) < int(plain.headers["Content-Length"]) / 2
+    assert gzip.decompress(packed).startswith(plain.raw.read()[:100])
+
+
+def test_the_stream_is_never_compressed_or_kept(server, task):
+    for query in ("?poll=1", "?poll=1&format=ndjson", "?poll=1&view=tick"):
+        answer = server.ask("GET", "/api/stream" + query, headers={"Accept-Encoding": "gzip"})
+        assert "Content-Encoding" not in answer.headers and "ETag" not in answer.headers
+        assert answer.headers["Cache-Control"] == "no-store"
+
+
+def test_a_page_says_up_to_which_event_it_was_rendered(server, task):
+    said = server.say(task, "the newest")
+    (main,) = look(server, page_of(task)).all("main")
+    hello = server.ask("GET", "/api/stream?poll=1&format=ndjson").json()["data"]
+    assert (int(main["data-seq"]), main["data-stream"]) == (said["seq"], hello["stream"])
 
 
 # The demo ----------------------------------------------------------------------------------------------

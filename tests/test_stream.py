@@ -1140,3 +1140,39 @@ def test_any_text_survives_every_encoding(data, seq):
         {"event": "update", "id": seq, "data": data},
     ]
     assert (own + logged.sse + b"".join(lines)).isascii()
+
+
+# Ticks: a page wants to know that something changed, no more ------------------------------------------------
+
+
+def test_a_burst_is_a_few_ticks_of_which_the_last_is_up_to_date(fresh):
+    server = fresh()
+    task = server.new_task()
+    with reading(server, "?view=tick") as events:
+        assert next(events)[0] == "hello"
+        began, ticks = time.monotonic(), []
+        last = [server.say(task, f"news {number}")["seq"] for number in range(100)][-1]
+        while not ticks or ticks[-1][1]["seq"] < last:
+            ticks.append(next(events))
+        took = time.monotonic() - began
+    assert {event for event, _, _ in ticks} == {"tick"}
+    assert [int(identity) for _, _, identity in ticks] == [data["seq"] for _, data, _ in ticks]
+    assert len(ticks) <= took / 0.25 + 2
+
+
+def test_ticks_take_filters_and_cursors(fresh):
+    server = fresh()
+    task, other = server.new_task(), server.new_task()
+    wanted, unwanted = server.say(task, "one")["seq"], server.say(other, "two")["seq"]
+    query = f"?view=tick&format=ndjson&poll=1&task_id={task['id']}&after_seq="
+    lines = [json.loads(line) for line in server.ask("GET", f"/api/stream{query}0").text.splitlines()]
+    assert [line["event"] for line in lines[:2]] == ["hello", "tick"]
+    assert wanted <= lines[-1]["id"] <= unwanted
+    lines = [json.loads(line) for line in server.ask("GET", f"/api/stream{query}{wanted}").text.splitlines()]
+    assert "tick" not in [line["event"] for line in lines]
+    lines = server.ask("GET", "/api/stream?view=tick&format=ndjson&poll=1&after_seq=999").text.splitlines()
+    assert [json.loads(line)["event"] for line in lines] == ["hello", "reset"]
+
+
+def test_a_view_that_is_none_is_refused(server):
+    assert server.ask("GET", "/api/stream?view=tock").status_code == 400

@@ -1,0 +1,566 @@
+"""The pages in a browser: they are live, lose nothing that a reader does, and can be used by everybody."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+import uuid
+
+import pytest
+from conftest import Server, wait_until
+
+CHROMIUM = shutil.which("chromium")
+REQUIRED = os.environ.get("MONITOR_BROWSER_TESTS") == "required"
+MISSING = [
+    *([] if importlib.util.find_spec("playwright") else ["Playwright is not installed"]),
+    *([] if CHROMIUM else ["there is no chromium"]),
+]
+pytestmark = [pytest.mark.skipif(bool(MISSING) and not REQUIRED, reason=" and ".join(MISSING))]
+
+# What tests do to a page before it starts: to hide it, to make its stream deaf, to keep its notifications.
+RIGGED = """
+Object.defineProperty(document, 'hidden', {get: () => window.away ?? false});
+window.hide = (away) => { window.away = away; document.dispatchEvent(new Event('visibilitychange')); };
+window.deaf = Boolean(sessionStorage.getItem('deaf'));
+const really = window.fetch;
+const silence = (signal) => new ReadableStream({
+  start: (control) => signal.addEventListener('abort', () => control.error(signal.reason)),
+});
+window.fetch = async (url, options) => window.deaf && String(url).startsWith('/api/stream')
+  ? new Response(silence(options.signal)) : really(url, options);
+window.shown = []; window.asked = 0; window.allowed = 'default';
+window.Notification = class {
+  constructor(title, options) { window.shown.push([title, options.tag]); }
+  static get permission() { return window.allowed; }
+  static async requestPermission() { window.asked += 1; return window.allowed = 'granted'; }
+};
+window.longest = 0;
+new PerformanceObserver((list) => {
+  for (const task of list.getEntries()) window.longest = Math.max(window.longest, task.duration);
+}).observe({entryTypes: ['longtask']});
+"""
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """The browser."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=CHROMIUM)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def visit(chromium, server):
+    """Opens pages in one browser session: visit("/dashboard"). What goes wrong in one fails the test."""
+    with contextlib.ExitStack() as stack:
+        made, faults = {}, []
+
+        def note(message) -> None:
+            if message.type == "error" and "Failed to load resource" not in message.text:
+                faults.append(message.text)
+
+        def open_page(path: str, at: Server = server, live: bool = True, **options):
+            key = repr(sorted(options.items()))
+            if key not in made:
+                made[key] = chromium.new_context(**options)
+                made[key].add_init_script(RIGGED)
+                stack.callback(made[key].close)
+            page = made[key].new_page()
+            page.set_default_timeout(10_000)
+            page.on("pageerror", lambda error: faults.append(str(error)))
+            page.on("console", note)
+            page.goto(at.url + path)
+            if live:
+                page.locator("#pill[data-state=live]").wait_for()
+            page.evaluate("window.mark = 'the same document'")
+            return page
+
+        yield open_page
+    assert faults == []
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A server of this file's own: its streams are counted."""
+    running = Server(tmp_path_factory.mktemp("browser") / "monitor.db")
+    yield running
+    assert running.stop() == 0
+    assert "Traceback" not in running.output
+
+
+def streams(server: Server) -> int:
+    """How many connections to the server read its stream."""
+    return server.get("/health", full=1)["streams"]
+
+
+def path_of(task: dict) -> str:
+    """The path of a task's page."""
+    return f"/tasks/{task['id']}"
+
+
+def appears(page, text: str, seconds: float = 10) -> None:
+    """Wait until a text is shown."""
+    page.wait_for_function(
+        "text => document.querySelector('main').textContent.includes(text)", arg=text, timeout=seconds * 1000
+    )
+
+
+def stays(page) -> None:
+    """Assert that the document was never loaded anew."""
+    assert page.evaluate("window.mark") == "the same document"
+
+
+def ask_permission(server: Server, name: str = "project") -> dict:
+    """An agent's run that waits for somebody; its task."""
+    session, cwd = str(uuid.uuid4()), f"/work/{uuid.uuid4()}/{name}"
+    for event in (
+        {"hook_event_name": "UserPromptSubmit", "prompt": f"tidy up {name}"},
+        {"hook_event_name": "PermissionRequest", "tool_name": "Bash", "tool_input": {"command": "git push"}},
+    ):
+        answer = server.ask("POST", "/api/hooks/claude", {"session_id": session, "cwd": cwd} | event)
+        assert answer.status_code == 204
+    runs = wait_until(
+        lambda: [run for run in server.get("/api/sessions")["items"] if session in run["source"]]
+    )
+    return server.get(f"/api/tasks/{runs[0]['task_id']}")
+
+
+# What is new appears ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/dashboard", "/stream", "TASK"])
+def test_an_update_appears_without_a_reload(server, visit, task, path):
+    page = visit(path.replace("TASK", path_of(task)))
+    for number in range(3):
+        server.say(task, f"news {number} of {task['id']}")
+        appears(page, f"news {number} of {task['id']}", 2)
+    stays(page)
+
+
+def test_a_change_of_a_task_appears(server, visit, task):
+    page = visit(path_of(task))
+    server.ask("PATCH", f"/api/tasks/{task['id']}", {"name": "another name", "status": "blocked"})
+    appears(page, "another name", 2)
+    page.wait_for_function("() => document.title.includes('another name')")
+    assert page.locator(".head .status.blocked").count() == 1
+
+
+def test_nothing_between_render_and_subscription_is_missed(server, visit, task):
+    page = visit(path_of(task))
+
+    def late(route) -> None:
+        server.say(task, "stored in between")
+        route.continue_()
+
+    page.route("**/api/stream?*", late, times=1)
+    page.reload()
+    appears(page, "stored in between")
+
+
+def test_pages_are_whole_without_javascript(server, visit, task):
+    server.say(task, "it is all there")
+    page = visit(path_of(task), live=False, java_script_enabled=False)
+    assert page.get_by_text("it is all there").is_visible()
+    assert not page.locator(".tools").is_visible()
+
+
+def test_times_are_told_in_the_readers_zone_and_grow_old(server, visit, task):
+    page = visit(path_of(task), live=False, timezone_id="Asia/Tokyo", locale="en-GB")
+    page.clock.install()
+    page.reload()
+    server.say(task, "just now")
+    appears(page, "just now")
+    time_of = page.locator(".update time").first
+    assert re.search(r"\d\d:\d\d:\d\d (GMT\+9|JST)", time_of.get_attribute("title"))
+    assert re.fullmatch(r"\d s", time_of.inner_text())
+    page.clock.run_for(155_000)
+    assert time_of.inner_text() == "2 m"
+
+
+def test_after_a_burst_the_page_is_fresh_within_a_second(server, visit, task):
+    for number in range(50):
+        server.say(server.new_task(f"task {number}", task["workstream_id"]), "begun")
+    page = visit("/dashboard")
+    session = page.context.new_cdp_session(page)
+    session.send("Performance.enable")
+    busy = functools.partial(main_thread, session)
+    before, seconds, began = busy(), 4, time.monotonic()
+    sent = burst(server, task, 1000, seconds)
+    last = server.say(task, "the last of them")
+    assert time.monotonic() - began < 4 * seconds, f"{sent} updates took too long to be a burst"
+    appears(page, "the last of them", 1)
+    assert busy() - before < 4
+    assert page.evaluate("window.longest") < 400
+    assert int(page.locator("main").get_attribute("data-seq")) >= last["seq"]
+    stays(page)
+
+
+def main_thread(session) -> float:
+    """The seconds that a page's main thread has worked."""
+    return {m["name"]: m["value"] for m in session.send("Performance.getMetrics")["metrics"]}["TaskDuration"]
+
+
+def burst(server: Server, task: dict, rate: int, seconds: int) -> int:
+    """Send updates over two connections, so many a second; returns how many were taken."""
+    body = b'{"task_id": "%s", "message": "one of many"}' % task["id"].encode()
+    head = b"POST /api/updates/manual HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    request, taken, began = head + b"Content-Length: %d\r\n\r\n%s" % (len(body), body), [], time.monotonic()
+
+    def send() -> None:
+        with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
+            for step in range(seconds * 10):
+                time.sleep(max(0.0, began + step / 10 - time.monotonic()))
+                connection.sendall(request * (rate // 20))
+                text = b""
+                while text.count(b"HTTP/1.1 201 ") < rate // 20:
+                    text += connection.recv(65536) or pytest.fail("the server hung up")
+                taken.append(rate // 20)
+
+    threads = [threading.Thread(target=send) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(taken)
+
+
+# What the reader does stays -----------------------------------------------------------------------------
+
+
+def test_typed_text_focus_selection_and_open_details_survive(server, visit, task):
+    server.say(task, "with data", data={"a": 1})
+    page = visit(path_of(task))
+    page.locator("#tags").fill("typed and left")
+    page.locator("#level").select_option("warn")
+    page.locator(".update .data summary").click()
+    page.locator("details:has(#summary-text) summary").click()
+    page.locator("#message").fill("half a sentence")
+    page.locator("#message").evaluate("area => area.setSelectionRange(5, 9)")
+    for number in range(3):
+        server.say(task, f"news {number}")
+        appears(page, f"news {number}")
+    area = page.locator("#message")
+    assert area.evaluate("area => [area.value, area.selectionStart, area.selectionEnd]") == [
+        "half a sentence",
+        5,
+        9,
+    ]
+    assert area.evaluate("area => area === document.activeElement")
+    assert (page.locator("#tags").input_value(), page.locator("#level").input_value()) == (
+        "typed and left",
+        "warn",
+    )
+    assert page.locator(".update .data[open]").count() == 1
+    assert page.locator("details[open]:has(#summary-text)").count() == 1
+
+
+def test_selected_text_and_the_place_in_the_list_survive(server, visit, task):
+    for number in range(60):
+        server.say(task, f"line {number}")
+    page = visit("/stream")
+    row = page.locator(".update", has_text=re.compile(r"line 30\b"))
+    row.scroll_into_view_if_needed()
+    row.locator(".message").evaluate("node => getSelection().selectAllChildren(node)")
+    place = row.bounding_box()["y"]
+    for number in range(3):
+        server.say(task, f"news {number}")
+        appears(page, f"news {number}")
+    assert abs(row.bounding_box()["y"] - place) < 2
+    assert page.evaluate("getSelection().toString()").strip() == "line 30"
+
+
+def test_a_focused_link_keeps_the_focus(server, visit, task):
+    page = visit("/dashboard")
+    page.locator(f"#t{task['number']} .name").focus()
+    server.say(task, "news for the row")
+    appears(page, "news for the row")
+    assert page.evaluate("document.activeElement.textContent") == task["name"]
+
+
+def test_a_paused_page_rests_and_counts(server, visit, task):
+    page = visit(path_of(task))
+    page.keyboard.press("p")
+    server.say(task, "while it rests")
+    page.wait_for_function("() => document.querySelector('#pill').textContent.includes('paused, 1 new')")
+    assert page.get_by_text("while it rests").count() == 0
+    page.locator("#pill").click()
+    appears(page, "while it rests", 2)
+
+
+# Back, forward, reload ----------------------------------------------------------------------------------
+
+
+def test_back_forward_and_reload_show_what_the_address_says(server, visit, task):
+    server.say(task, "apples and pears")
+    server.say(task, "only plums")
+    page = visit("/stream")
+    search = page.locator("#q")
+    for word, other in (("apples", "plums"), ("plums", "apples")):
+        search.fill(word)
+        search.press("Enter")
+        page.wait_for_url(f"**/stream?q={word}")
+        page.wait_for_function(
+            "word => !document.querySelector('main').textContent.includes(word)", arg=other
+        )
+    stays(page)
+    search.focus()
+    page.go_back()
+    appears(page, "apples and pears")
+    assert search.input_value() == "apples"
+    page.go_forward()
+    appears(page, "only plums")
+    assert search.input_value() == "plums"
+    page.reload()
+    appears(page, "only plums")
+    assert (search.input_value(), page.get_by_text("apples and pears").count()) == ("plums", 0)
+
+
+def test_a_page_that_one_comes_back_to_is_live(server, visit, task):
+    page = visit("/dashboard")
+    page.locator(f"#t{task['number']} .name").click()
+    page.wait_for_url("**" + path_of(task))
+    page.go_back()
+    page.wait_for_url("**/dashboard")
+    server.say(task, "after coming back")
+    appears(page, "after coming back")
+
+
+# One stream a browser -----------------------------------------------------------------------------------
+
+
+def test_twelve_tabs_share_one_connection_and_the_next_takes_it_over(fresh, visit):
+    server = fresh()
+    task = server.new_task()
+    tabs = [visit(path_of(task), server) for _ in range(12)]
+    assert streams(server) == 1
+    server.say(task, "to all tabs")
+    for tab in tabs:
+        appears(tab, "to all tabs")
+    for round_number in range(2):
+        tabs.pop(0).close()
+        server.say(task, f"after takeover {round_number}")
+        for tab in tabs:
+            appears(tab, f"after takeover {round_number}")
+
+
+def test_a_hidden_tab_rests_and_is_right_when_it_is_looked_at(server, visit, task):
+    page = visit(path_of(task))
+    page.evaluate("hide(true)")
+    fetched = []
+    page.on("request", lambda request: fetched.append(request.url))
+    server.say(task, "nobody looks")
+    page.wait_for_timeout(700)
+    assert not [url for url in fetched if "/tasks/" in url]
+    page.evaluate("hide(false)")
+    appears(page, "nobody looks", 2)
+
+
+def test_without_locks_the_stream_closes_while_hidden(server, visit, task):
+    page = visit(path_of(task), live=False, locale="en-US")
+    page.context.add_init_script("delete Navigator.prototype.locks")
+    page.reload()
+    page.locator("#pill[data-state=live]").wait_for()
+    with page.expect_event("requestfailed", lambda request: "/api/stream?" in request.url):
+        page.evaluate("hide(true)")
+    server.say(task, "nobody listens")
+    page.evaluate("hide(false)")
+    appears(page, "nobody listens", 2)
+
+
+# Cut and asleep -----------------------------------------------------------------------------------------
+
+
+def test_a_page_goes_on_after_the_server_was_killed(fresh, visit):
+    server = fresh()
+    task = server.new_task()
+    page = visit(path_of(task), server)
+    page.locator("#message").fill("half a sentence")
+    server.kill()
+    page.locator("#pill[data-state=reconnecting]").wait_for()
+    server.start()
+    server.say(task, "back again")
+    appears(page, "back again", 2.5)  # the first of them may be the start of the server
+    assert page.locator("#message").input_value() == "half a sentence"
+    stays(page)
+
+
+def test_another_database_behind_the_address_is_shown(fresh, visit, tmp_path):
+    server = fresh()
+    for number in range(5):
+        server.new_task(f"old {number}")
+    page = visit("/dashboard", server)
+    server.kill()
+    server.database = tmp_path / "another.db"
+    server.start()
+    server.new_task("of the other database")
+    appears(page, "of the other database")
+    appears(page, "1 open")
+    assert page.get_by_text("old 1").count() == 0
+
+
+def test_after_an_hours_sleep_it_is_right_within_two_seconds(server, visit, task):
+    """The stream is dead, and nothing told the browser."""
+    page = visit(path_of(task), live=False, locale="en-GB")
+    page.clock.install()
+    page.evaluate("sessionStorage.setItem('deaf', '1')")
+    page.reload()
+    server.say(task, "while it slept")
+    page.wait_for_timeout(1000)
+    assert page.get_by_text("while it slept").count() == 0
+    page.evaluate("window.deaf = false")
+    page.clock.fast_forward("01:00:00")
+    appears(page, "while it slept", 2)
+    page.locator("#pill[data-state=live]").wait_for()
+
+
+def test_when_the_network_is_back_the_page_is_right_within_two_seconds(server, visit, task):
+    page = visit(path_of(task), locale="en-GB")
+    page.context.set_offline(True)
+    server.say(task, "while it was away")
+    page.wait_for_timeout(500)
+    page.context.set_offline(False)
+    appears(page, "while it was away", 2)
+    page.locator("#pill[data-state=live]").wait_for()
+    stays(page)
+
+
+# The frame ----------------------------------------------------------------------------------------------
+
+
+def test_who_needs_you_is_told_on_every_page(fresh, visit):
+    server = fresh()
+    page = visit("/stream", server)
+    assert not page.locator("#needs").is_visible()
+    task = ask_permission(server)
+    page.locator("#needs[data-count='1']").wait_for()
+    page.wait_for_function("() => document.title.startsWith('(1) Stream')")
+    assert "favicon-blocked" in page.locator("link[rel=icon]").get_attribute("href")
+    page.locator("#needs summary").click()
+    assert "git push" in page.locator("#needs .question").inner_text()
+    page.locator("#needs a").click()
+    page.wait_for_url("**" + path_of(task))
+
+
+def test_notifications_are_asked_for_by_a_click_and_come_once_a_task_in_the_background(fresh, visit):
+    server = fresh()
+    page = visit("/dashboard", server)
+    ask_permission(server, "seen")
+    page.locator("#needs[data-count='1']").wait_for()
+    assert page.evaluate("[asked, shown.length]") == [0, 0]
+    page.locator(".tools [data-do=notify]").click()
+    page.wait_for_function("() => asked === 1")
+    assert not page.locator(".tools [data-do=notify]").is_visible()
+    page.evaluate("hide(true)")
+    task = ask_permission(server, "hidden")
+    page.wait_for_function("() => shown.length === 1")
+    page.wait_for_function("() => document.title.startsWith('(2) ')")
+    server.say(task, "more of it")
+    page.wait_for_timeout(2000)
+    assert page.evaluate("shown")[0][1] == f"n{task['number']}"
+    assert page.evaluate("shown.length") == 1
+
+
+def test_keys_lead_through_rows_and_pages(server, visit, task):
+    server.say(task, "a row")
+    page = visit("/dashboard")
+    page.keyboard.press("j")
+    first = page.evaluate("document.activeElement.closest('li').id")
+    page.keyboard.press("j")
+    assert page.evaluate("document.activeElement.closest('li').id") != first
+    page.keyboard.press("k")
+    assert page.evaluate("document.activeElement.closest('li').id") == first
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/tasks/*")
+    page.keyboard.type("gs")
+    page.wait_for_url("**/stream")
+    page.keyboard.type("gd")
+    page.wait_for_url("**/dashboard")
+    page.keyboard.press("?")
+    assert page.locator("#help").is_visible()
+    page.keyboard.press("Escape")
+    assert not page.locator("#help").is_visible()
+    page.keyboard.press("/")
+    page.keyboard.type("gs?jp")
+    assert page.locator("#q").input_value() == "gs?jp"
+    assert page.url.endswith("/dashboard") and not page.locator("#help").is_visible()
+
+
+def test_the_palette_leads_to_tasks_workstreams_and_actions(server, visit, task):
+    server.ask("PATCH", f"/api/tasks/{task['id']}", {"name": "paint the fence"})
+    page = visit("/stream")
+    page.keyboard.press("Control+k")
+    page.locator("#palette-list li").first.wait_for()
+    page.keyboard.type("theme")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"
+    assert not page.locator("#palette").is_visible()
+    page.keyboard.press("Control+k")
+    page.locator("#palette-list li").first.wait_for()
+    page.keyboard.type("fence paint")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**" + path_of(task))
+
+
+def test_the_theme_is_chosen_kept_and_the_same_in_every_tab(server, visit, task):
+    page, other = visit("/dashboard", color_scheme="light"), visit("/stream", color_scheme="light")
+    ground = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(ground)
+    for wanted in ("light", "dark"):
+        page.locator("#theme").click()
+        other.wait_for_function("theme => document.documentElement.dataset.theme === theme", arg=wanted)
+    assert page.evaluate(ground) == other.evaluate(ground) != light
+    page.reload()
+    assert page.evaluate(ground) != light
+    page.locator("#theme").click()
+    assert page.evaluate(ground) == light
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(fresh, visit, scheme):
+    if not REQUIRED:
+        pytest.importorskip("axe_playwright_python", reason="axe-playwright-python is not installed")
+    from axe_playwright_python.sync_playwright import Axe
+
+    server = fresh()
+    empty = visit("/dashboard", server, color_scheme=scheme, bypass_csp=True)
+    found = {"empty": serious(Axe().run(empty))}
+    task = ask_permission(server)
+    server.say(task, "an error", level="error", tags=["a"], data={"b": 1}, kind="test_result")
+    server.say(task, "a warning", level="warn")
+    page = empty
+    for path in ("/dashboard", path_of(task), "/stream", "/stream?q=error", "/login", "/nothing"):
+        page.goto(server.url + path)
+        found[path] = serious(Axe().run(page))
+    page.goto(server.url + "/dashboard")
+    page.locator("#needs summary").click()
+    found["needs"] = serious(Axe().run(page))
+    page.keyboard.press("Escape")
+    for key in ("?", "Control+k"):
+        page.keyboard.press(key)
+        page.locator("dialog[open]").wait_for()
+        page.wait_for_function(
+            "() => !document.querySelector('#palette').open || document.querySelector('#palette li')"
+        )
+        found[key] = serious(Axe().run(page))
+        page.keyboard.press("Escape")
+    assert {name: faults for name, faults in found.items() if faults} == {}
+
+
+def serious(results) -> list[str]:
+    """What axe calls serious or critical, and where."""
+    return [
+        f"{found['id']}: {found['nodes'][0]['html'][:200]}"
+        for found in results.response["violations"]
+        if found["impact"] in ("serious", "critical")
+    ]
