@@ -30,6 +30,7 @@ The file, top to bottom (each section has a banner of its own):
 
 from __future__ import annotations
 
+import binascii
 import contextlib
 import dataclasses
 import datetime
@@ -966,14 +967,15 @@ def github_subject(payload, draft):
     learnt = tables().github_learnt.get(data.get("event"), "").split()
     learnt = [link for link in links if link[0] in learnt and not (link[0] == "branch" and shared)]
     branch = branch if home == repository or not branch else f"{home.partition('/')[0]}:{branch}"
-    facts = github_check(payload, data), github_pull(payload)
-    return Subject(repository, branch, keys, links, learnt, fixes, *facts)
-
-
-def github_number(value, default=0):
-    """A number that can be stored; anything else is `default`."""
-    fits = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_INTEGER
-    return value if fits else default
+    state = "merged" if data.get("merged") is True else data.get("state", "")
+    pull = {
+        "number": data.get("number"),
+        "state": state,
+        "url": data.get("url", ""),
+        "at": data.get("updated_at"),
+    }
+    pull = pull if data.get("event") == "pull_request" else None
+    return Subject(repository, branch, keys, links, learnt, fixes, github_check(payload, data), pull)
 
 
 def github_check(payload, data):
@@ -988,23 +990,12 @@ def github_check(payload, data):
     return {
         "name": f"{event}:{one_line(github_value(view, paths)).partition('@')[0]}"[:200],
         "part": int(event == "workflow_job" or (event == "check_run" and actions)),
-        "run": github_number(github_value(data, "run_number|id")),
-        "attempt": github_number(data.get("run_attempt"), 1),
+        "run": github_value(data, "run_number|id"),
+        "attempt": github_value(data, "run_attempt"),
         "state": states.get(word) or ("cancelled" if "completed" in words else "queued"),
         "url": data.get("url", ""),
         "at": github_value(data, "updated_at|completed_at|started_at"),
     }
-
-
-def github_pull(payload):
-    """The state of the pull request that an event tells of; None where it tells of none."""
-    pull = dig(payload, "pull_request", kind=dict, default={})
-    number, state = github_number(pull.get("number")), dig(pull, "state")
-    if not number or state not in ("open", "closed"):
-        return None
-    state = "merged" if pull.get("merged") is True or dig(pull, "merged_at") else state
-    url = (re.findall(r"^https?://[\w.:-]+/[\w./-]{1,500}$", dig(pull, "html_url")) or [""])[0]
-    return {"number": number, "state": state, "url": url, "at": dig(pull, "updated_at")}
 
 
 def github_wanted(rules, draft):
@@ -1012,12 +1003,10 @@ def github_wanted(rules, draft):
     last that fits counts; each names an event, and where it goes on, the action or conclusion."""
     import fnmatch
 
-    data, keep = draft.data, draft.keep
-    names = [draft.tags[1], *(f"{draft.tags[1]}.{data.get(name)}" for name in ("action", "conclusion"))]
-    for rule in rules:
-        if any(fnmatch.fnmatchcase(name, rule.removeprefix("-")) for name in names):
-            keep = not rule.startswith("-")
-    return keep
+    event, action, conclusion = (draft.data.get(name) for name in ("event", "action", "conclusion"))
+    names = [str(event), f"{event}.{action}", f"{event}.{conclusion}"]
+    fits = [rule for rule in rules if fnmatch.filter(names, rule.removeprefix("-"))]
+    return not fits[-1].startswith("-") if fits else draft.keep
 
 
 # ======================================================================================================
@@ -1421,21 +1410,17 @@ class Queries:
         return self.first(sql, key=key.lower(), number=number)
 
     def linked(self, kind: str, value: str, repository: str) -> list[sqlite3.Row]:
-        """The links of one name, of a repository and of any."""
+        """The tasks that a name is bound to, in a repository or in any; of kind `run`, that of the newest run
+        of an agent on a branch."""
         sql = """
             SELECT task, learnt, close_on_merge FROM links
             WHERE kind = :kind AND value = :value AND repository IN ('', :repository)
+            UNION ALL SELECT * FROM (
+                SELECT task, 0, 0 FROM sessions
+                WHERE :kind = 'run' AND branch = :value AND repository = :repository COLLATE NOCASE
+                ORDER BY seen_at DESC LIMIT 1)
         """
         return self.rows(sql, kind=kind, value=value, repository=repository)
-
-    def newest_run(self, branch: str, repository: str) -> list[sqlite3.Row]:
-        """The newest run of an agent on a branch, if there was one."""
-        sql = """
-            SELECT task, 0 AS close_on_merge FROM sessions
-            WHERE branch = :branch AND repository = :repository COLLATE NOCASE
-            ORDER BY seen_at DESC LIMIT 1
-        """
-        return self.rows(sql, branch=branch, repository=repository)
 
     def session_ended(self, signature: str) -> bool:
         """Whether a browser session was ended by its user."""
@@ -1693,21 +1678,18 @@ class Transaction(Queries):
         for number in (run["task"], task["number"]):
             self.append_row(TASK, "updated", number)
 
-    def link(self, task: int, link: dict[str, str]) -> None:
-        """Bind what a link names to a task; what was bound to another one changes hands."""
+    def link(self, task: int, link: dict[str, Any]) -> None:
+        """Bind what a link names to a task; what was bound to another one changes hands, unless a person
+        bound it and the link is only learnt."""
         sql = """
-            REPLACE INTO links (kind, value, repository, task, close_on_merge)
-            VALUES (:link, :value, :repository, :task, :close_on_merge)
+            INSERT INTO links (kind, value, repository, task, learnt, close_on_merge)
+            VALUES (:link, :value, :repository, :task, :learnt, :close_on_merge)
+            ON CONFLICT DO UPDATE
+                SET task = excluded.task, learnt = excluded.learnt, close_on_merge = excluded.close_on_merge
+                WHERE learnt OR NOT excluded.learnt
         """
-        self.db.execute(sql, {"repository": "", "close_on_merge": False} | link | {"task": task})
-
-    def learn(self, task: int, links: Iterable[tuple[str, str, str]]) -> None:
-        """Bind what events have shown to belong to a task; what a person has bound stays."""
-        sql = """
-            INSERT INTO links (kind, value, repository, task, learnt) VALUES (?, ?, ?, ?, 1)
-            ON CONFLICT DO UPDATE SET task = excluded.task WHERE learnt
-        """
-        self.db.executemany(sql, [(*link, task) for link in links])
+        usual = {"repository": "", "learnt": False, "close_on_merge": False}
+        self.db.execute(sql, usual | link | {"task": task})
 
     def put(self, table: str, values: dict[str, Any]) -> None:
         """Add a row; the names of table and columns are ours."""
@@ -2395,15 +2377,16 @@ class Monitor:
         self.store.write(lambda t: record_hook(t, hook, facts, draft, place, moment or timestamp()))
 
     def take_webhook(
-        self, payload: Any, headers: dict[str, str], named: str | None = None, moment: str | None = None
+        self, payload: Any, headers: dict, named: str | None = None, moment: str | None = None
     ) -> tuple[str, int]:
         """Take in an event of GitHub: find its task (`named` refers to one), store it there if it is worth
         that, and bring up to date what the task shows. Returns the JSON that answers it, and the status."""
-        payload = self.masked(payload)
+        payload = self._in_thread(self.masked, payload)  # 5 s for the largest: the others must not wait
         draft = github_draft(payload, headers)
-        draft = draft._replace(keep=github_wanted(self.config.github_events, draft))
+        keep = github_wanted(self.config.github_events, draft)
+        draft = draft._replace(data=kept_data(draft.data), keep=keep)
         subject = github_subject(payload, draft)
-        if draft.tags[1] == "ping":
+        if draft.data.get("event") == "ping":
             return dump({"status": "ping", "message": draft.message}), 200
         return self.store.write(lambda t: record_webhook(t, draft, subject, named, moment or timestamp()))
 
@@ -2654,9 +2637,8 @@ def route(t: Transaction, subject: Subject, named: str | None) -> tuple[sqlite3.
     """The task that an event belongs to, what led there, and whether a link says to close it on a merge."""
     found = [(f"link:{link[0]}", row) for link in subject.links for row in t.linked(*link)]
     found.sort(key=lambda each: each[1]["learnt"])  # what a person set comes first
-    found += [
-        ("run", row) for kind, *link in subject.links if kind == "branch" for row in t.newest_run(*link)
-    ]
+    runs = [("run", *place) for kind, *place in subject.links if kind == "branch"]
+    found += [("run", row) for link in runs for row in t.linked(*link)]
     found += [("fixes", row) for link in subject.fixes for row in t.linked(*link)]
     name = subject.repository.lower()
     found += [(kind, row) for kind in ("repo", "inbox") for row in t.linked(kind, name, "")]
@@ -2698,30 +2680,29 @@ def record_webhook(t, draft: Draft, subject: Subject, named: str | None, now: st
         if delivery:
             t.keep_key(key, b"", now, seq)
     if task is not None:
-        t.learn(task["number"], subject.learnt if how not in ("repo", "inbox") else ())
+        for kind, value, place in subject.learnt if how not in ("repo", "inbox") else ():
+            t.link(task["number"], {"link": kind, "value": value, "repository": place, "learnt": True})
         merged = draft.data.get("action") == "closed" and draft.data.get("merged") is True
         show_state(t, task, subject, closes and merged, seq, now)
     return body, status
 
 
-def event_time(text: Any, now: str) -> str:
-    """When a payload says that something happened; now, where that is no time."""
-    with contextlib.suppress(Problem):
-        return FIELDS["since"].check(str(text), "at")
-    return now
-
-
 def show_state(t: Transaction, task: sqlite3.Row, subject: Subject, closes: bool, seq: int | None, now: str):
-    """Bring checks and pull requests of a task up to date, and log the task where it then shows others."""
+    """Bring checks and pull requests of a task up to date, and log the task where it then shows others; also
+    the inbox, which gives up what has found its task."""
     place = {"task": task["number"], "repository": subject.repository, "branch": subject.branch}
+    inbox = [row["task"] for row in t.linked("inbox", subject.repository.lower(), "")]
+    before = [t.one(TASK, str(number)) for number in {task["number"], *inbox}]
     for name, facts in (("check_events", subject.check), ("pull_events", subject.pull)):
         if facts:
-            t.put(name, facts | place | {"at": event_time(facts["at"], now), "seq": seq})
-    after = t.one(TASK, str(task["number"]))
+            t.put(name, facts | place | {"seq": seq, "now": now})
     if closes and task["status"] in ("active", "blocked"):
         t.change(TASK, task["number"], {"status": "done", "updated_at": now})
-    elif any(after[name] != task[name] for name in ("ci", "pull_requests", "attention")):
-        t.append_row(TASK, "updated", task["number"])
+        before = [row for row in before if row["number"] != task["number"]]
+    for row in before:
+        after = t.one(TASK, str(row["number"]))
+        if any(after[name] != row[name] for name in ("ci", "pull_requests", "attention")):
+            t.append_row(TASK, "updated", row["number"])
 
 
 def task_changes(t: Transaction, row: sqlite3.Row, values: dict[str, Any], now: str) -> dict[str, Any]:
@@ -3004,14 +2985,13 @@ def receive_hook(agent: str):
 
 def receive_webhook():
     """Take in GitHub's own request: JSON, a form with JSON in it, or the wrapper that smee makes of that."""
-    from urllib.parse import parse_qs
-
     request, secrets_, raw = flask.request, monitor().config.github_secrets, read_body(MAX_WEBHOOK)
     bodies = [raw]  # before anything else reads it: of a form the raw bytes are signed, by Gitea the JSON
-    if request.mimetype == "application/x-www-form-urlencoded":
-        with contextlib.suppress(ValueError):
-            found = parse_qs(raw.decode("latin-1"), max_num_fields=100, encoding="latin-1")
-            bodies += [text.encode("latin-1") for text in found.get("payload", [])[:1]]
+    form_sent = request.mimetype == "application/x-www-form-urlencoded"
+    if form_sent and (field := re.search(rb"(?:^|&)payload=([^&]*)", raw)):
+        # Quoted-printable but for its mark: unquote_to_bytes takes 3 s for 25 MiB, this 0.1.
+        text = field[1].replace(b"+", b" ").replace(b"=", b"%3D").replace(b"%", b"=")
+        bodies.append(binascii.a2b_qp(text))
     if secrets_ and not signed(secrets_, request.headers.get("X-Hub-Signature-256", ""), *bodies):
         raise Problem("unauthorized", "X-Hub-Signature-256 is not there, or not of MONITOR_GITHUB_SECRET")
     payload = parse_hook(bodies[-1])
@@ -4142,14 +4122,14 @@ for definition in (  # words, request, arguments, fields of its body or query, h
 LINK_KINDS = fields("branch pr issue commit repo folder")
 
 
-def link_body(repository: str | None, **given: str | None) -> dict[str, str]:
+def link_body(repository: str | None, **given: str | None) -> dict[str, str | None]:
     """The one link that options name, as the API takes it."""
     named = [(kind, value) for kind, value in given.items() if value is not None]
     if len(named) != 1:
         raise click.UsageError(f"name one of --{', --'.join(LINK_KINDS)}")
     kind, value = named[0]
-    body = {"link": kind, "value": os.path.abspath(value) if kind == "folder" else value}
-    return body | ({"repository": repository} if repository else {})
+    value = os.path.abspath(value) if kind == "folder" else value
+    return {"link": kind, "value": value, "repository": repository}
 
 
 @command("link", "any_task listed", LINK_KINDS | fields("repository close_on_merge"))

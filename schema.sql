@@ -123,27 +123,38 @@ CREATE TABLE checks (
     PRIMARY KEY (task, repository, branch, name, settled)
 ) STRICT, WITHOUT ROWID;
 -- What events tell is written into these two views: the newest is kept, whatever the order of delivery. A run that
--- has ended never turns back; what was merged stays so, and of the same second, to be closed is the newer.
-CREATE VIEW check_events AS SELECT * FROM checks;
+-- has ended never turns back; what was merged stays so, and of the same second, to be closed is the newer. `now`
+-- stands in for a time that is none. An inbox gives up what has found its task.
+CREATE VIEW check_events AS SELECT *, at AS now FROM checks;
 CREATE TRIGGER check_told INSTEAD OF INSERT ON check_events BEGIN
     INSERT INTO checks (task, repository, branch, name, settled, part, run, attempt, state, url, at, seq)
-        SELECT new.task, new.repository, new.branch, new.name, value, new.part, new.run, new.attempt, new.state,
-               new.url, new.at, new.seq
+        SELECT new.task, new.repository, new.branch, new.name, value, new.part,
+               CASE WHEN typeof(new.run) = 'integer' THEN new.run ELSE 0 END,
+               CASE WHEN typeof(new.attempt) = 'integer' THEN new.attempt ELSE 1 END,
+               new.state, new.url,
+               coalesce(strftime('%Y-%m-%dT%H:%M:%f000Z', CASE WHEN new.at GLOB '[12]???-*' THEN new.at END), new.now),
+               new.seq
         FROM json_each(CASE WHEN new.state IN ('passed', 'failed') THEN '[0, 1]' ELSE '[0]' END) WHERE TRUE
         ON CONFLICT DO UPDATE SET run = excluded.run, attempt = excluded.attempt, state = excluded.state,
             url = excluded.url, at = excluded.at, seq = excluded.seq
         WHERE (excluded.run, excluded.attempt, excluded.state NOT IN ('queued', 'running'),
                excluded.state = 'running', excluded.at)
             > (run, attempt, state NOT IN ('queued', 'running'), state = 'running', at);
+    DELETE FROM checks WHERE task <> new.task AND task IN (SELECT task FROM links WHERE kind = 'inbox')
+        AND repository = new.repository AND branch = new.branch AND name = new.name;
 END;
-CREATE VIEW pull_events AS SELECT *, NULL AS seq FROM pull_requests;
-CREATE TRIGGER pull_told INSTEAD OF INSERT ON pull_events BEGIN
+CREATE VIEW pull_events AS SELECT *, NULL AS seq, at AS now FROM pull_requests;
+CREATE TRIGGER pull_told INSTEAD OF INSERT ON pull_events
+WHEN typeof(new.number) = 'integer' AND new.state IN ('open', 'closed', 'merged') BEGIN
     INSERT INTO pull_requests (task, repository, number, branch, state, url, at)
-        VALUES (new.task, new.repository, new.number, new.branch, new.state, new.url, new.at)
+        VALUES (new.task, new.repository, new.number, new.branch, new.state, new.url,
+            coalesce(strftime('%Y-%m-%dT%H:%M:%f000Z', CASE WHEN new.at GLOB '[12]???-*' THEN new.at END), new.now))
         ON CONFLICT DO UPDATE SET branch = excluded.branch, state = excluded.state, url = excluded.url,
             at = excluded.at
         WHERE (excluded.state = 'merged', excluded.at, excluded.state = 'closed')
             > (state = 'merged', at, state = 'closed');
+    DELETE FROM pull_requests WHERE task <> new.task AND task IN (SELECT task FROM links WHERE kind = 'inbox')
+        AND repository = new.repository AND number = new.number;
 END;
 -- Those that count: live as long as the newest pull request of their branch is open, or there is none.
 CREATE VIEW check_rows AS
