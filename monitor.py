@@ -55,7 +55,7 @@ import threading
 import time
 import types
 import uuid
-from collections import deque, namedtuple
+from collections import Counter, deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -2856,6 +2856,11 @@ ERROR_HEADERS = {503: {"Retry-After": "2"}, 408: {"Connection": "close"}, 413: {
 MEDIA_TYPES = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml", "txt": "text/plain"}
 COMPRESSED = ("text/html", *MEDIA_TYPES.values())
 PAGE_ROWS = 100
+FILE_ROWS = 10_000  # of a download: the newest
+TASK_FILTER = "group status workstream_id attention q include_hidden include_archived"
+THREAD_FILTER = "before_seq around level source kind tag q task_id workstream_id"
+FILE_TYPES = {"md": "text/markdown", "json": "application/json", "ndjson": "application/x-ndjson"}
+TOOL_KINDS = ("tool_use", "tool_failure", "file_change")
 
 
 def answer(text: str, status: int = 200):
@@ -2888,10 +2893,11 @@ def json_body(limit: int = MAX_BODY) -> Any:
     return parse_json(read_body(limit))
 
 
-def query(fields: Fields) -> dict[str, Any]:
-    """The request's query, checked by its field table; tags may come several times."""
+def query(fields: Fields, blanks: bool = True) -> dict[str, Any]:
+    """The request's query, checked by its field table; tags may come several times. A page's form sends
+    what was not filled in, too: `blanks` are left out then."""
     args = flask.request.args
-    given = {name: QueryText(args[name]) for name in fields if name in args}
+    given = {name: QueryText(args[name]) for name in fields if name in args and (blanks or args[name])}
     return clean(given | ({"tag": args.getlist("tag")} if "tag" in given else {}), fields)
 
 
@@ -3097,11 +3103,12 @@ def page(template: str, status: int = 200, **values: Any):
 
 def show_page(template: str, read: Callable[..., dict[str, Any]], names: str, **named: str):
     """A page of what `read` finds in the database for a query of these names, and what its path names."""
-    wanted = query(fields(names))
+    wanted = query(fields(names), blanks=False)
 
     def whole(q: Queries) -> dict[str, Any]:
         head = q.head()  # looked at first: the page's stream tells what comes after it
-        return {"seq": head["seq"], "stream": head["stream"], "asking": asking(q)} | read(q, wanted, **named)
+        frame = {"seq": head["seq"], "stream": head["stream"], "asking": asking(q), "wanted": wanted}
+        return frame | read(q, wanted, **named)
 
     return page(template, **monitor().store.read(whole))
 
@@ -3121,42 +3128,100 @@ def palette(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def dashboard(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Active workstreams and their tasks, each with its newest update."""
-    newest = q.newest_of_tasks()
-    groups = {w["id"]: {"workstream": w, "tasks": []} for w in q.workstreams({})}
-    for task in q.tasks({}):
-        last = json.loads(newest[task["id"]]) if task["id"] in newest else None
-        groups[task["workstream_id"]]["tasks"].append(task | {"last": last})
-    return {"groups": list(groups.values())}
+    """The tasks that the filters leave, each with its newest update; and for each filter, how many tasks each
+    of its values would leave beside the other filters."""
+    scope = {name: wanted[name] for name in ("q", "include_hidden", "include_archived") if name in wanted}
+    chosen = {name: wanted[name] for name in ("status", "attention") if name in wanted}
+    if "workstream_id" in wanted:
+        chosen["workstream_id"] = q.one(WORKSTREAM, wanted["workstream_id"])["id"]
+    newest, tasks = q.newest_of_tasks(), []
+    counts: dict[str, Any] = {name: Counter() for name in ("status", "attention", "workstream_id")}
+    for task in q.tasks(scope):
+        values = task | {"attention": task.get("attention", {}).get("state")}
+        missed = {name for name in chosen if values[name] not in chosen[name]}
+        for name, count in counts.items():
+            count[values[name]] += missed <= {name}
+        if not missed:
+            last = newest.get(task["id"])
+            tasks.append(task | {"last": json.loads(last) if last else None})
+    return {"workstreams": q.workstreams(scope), "tasks": tasks, "counts": counts, "chosen": chosen}
 
 
 def thread(q: Queries, chosen: Filter, wanted: dict[str, Any]) -> dict[str, Any]:
-    """One page of updates for a template, newest first, and the seq before which older ones are."""
-    wanted = wanted | {"order": "desc", "total": False}
-    updates = [json.loads(body) for body in q.updates(chosen, wanted | {"limit": PAGE_ROWS})[0]]
+    """One page of updates for a template, newest first, and the seq before which older ones are. `around` a
+    seq, it stands in the middle."""
+    wanted = {"limit": PAGE_ROWS} | wanted | {"order": "desc", "total": False}
+    if "around" in wanted:
+        after = {"after_seq": max(0, wanted["around"] - 1), "limit": PAGE_ROWS // 2, "total": False}
+        newer = q.updates(chosen, after)[0]
+        wanted |= {"before_seq": json.loads(newer[-1])["seq"] + 1} if newer else {}
+    updates = [json.loads(body) for body in q.updates(chosen, wanted)[0]]
     last = updates[-1]["seq"] if updates else 0
     more = q.updates(chosen, wanted | {"before_seq": last, "limit": 1})[0]
-    return {"updates": updates, "older": last if more else None}
+    return {"updates": updates, "older": last if more else None, "query": wanted.get("q", "")}
+
+
+def folded(updates: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Updates in a row that are tool calls of one run on one day stand together, each other by itself."""
+
+    def place(update: dict[str, Any]) -> Any:
+        called = update.get("kind") in TOOL_KINDS
+        return (update["source"], update["timestamp"][:10]) if called else update["seq"]
+
+    return [list(together) for _, together in itertools.groupby(updates, place)]
+
+
+def marked(text: str, words: str):
+    """A text with the words of a search in <mark>: whole ones, in any case."""
+    from markupsafe import Markup
+
+    found = (r"[\W_]+".join(re.findall(r"[^\W_]+", word)) for word in words.split()[:20])
+    either = "|".join(filter(None, dict.fromkeys(found)))
+    parts = re.split(rf"(?i)(?<![^\W_])({either})(?![^\W_])", text) if either else [text]
+    return Markup().join(Markup("<mark>{}</mark>").format(p) if i % 2 else p for i, p in enumerate(parts))
 
 
 def one_task(q: Queries, wanted: dict[str, Any], reference: str) -> dict[str, Any]:
     """One task, for its forms, and its thread, newest first."""
     row = q.one(TASK, reference)
-    chosen = Filter(task=row["number"])
+    chosen = q.filter(wanted | {"task_id": row["id"]})
     workstream = WORKSTREAM.make(q.one(WORKSTREAM, row["workstream_id"]))
     found = {"task": TASK.make(row), "workstream": workstream, "workstreams": q.workstreams({})}
     of_task = {"task_id": row["id"]}
     found |= {"runs": q.of_task("session_rows", of_task), "links": q.of_task("link_rows", of_task)}
-    return found | {"total": q.updates(chosen, {"limit": 1})[1]} | thread(q, chosen, wanted)
+    total = q.updates(Filter(task=row["number"]), {"limit": 1})[1]
+    return found | {"total": total} | thread(q, chosen, wanted)
 
 
 def whole_thread(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
-    """The newest updates over all tasks, newest first."""
-    found = thread(q, EVERYTHING, wanted)
+    """The updates over all tasks that the filters want, newest first."""
+    found = thread(q, q.filter(wanted), wanted)
     tasks = {task["id"]: task for task in q.tasks({"include_hidden": True, "include_archived": True})}
     for update in found["updates"]:
         update["task"] = tasks.get(update["task_id"])
-    return found | {"query": wanted.get("q", "")}
+    return found
+
+
+def download(text: str, name: str, style: str):
+    """A text as a file to keep."""
+    headers = {"Content-Disposition": f'attachment; filename="{name}.{style}"'}
+    return flask.Response(text, mimetype=FILE_TYPES[style], headers=headers)
+
+
+def download_task(style: str, reference: str):
+    """A task with its thread, the oldest first, as a file: Markdown or JSON."""
+    found = monitor().store.read(lambda q: one_task(q, {"limit": FILE_ROWS}, reference))
+    found["updates"].reverse()
+    kept = {part: found[part] for part in ("task", "workstream", "runs", "links", "total", "updates")}
+    text = flask.render_template("task.md", **kept) if style == "md" else dump(kept) + "\n"
+    return download(text, f"task-{kept['task']['number']}", style)
+
+
+def download_stream():
+    """The updates that the stream page's filters want, the oldest first, one a line."""
+    wanted = query(UPDATE_QUERY, blanks=False) | {"order": "desc", "limit": FILE_ROWS, "total": False}
+    bodies = monitor().store.read(lambda q: q.updates(q.filter(wanted), wanted)[0])
+    return download("".join(f"{body}\n" for body in reversed(bodies)), "updates", "ndjson")
 
 
 def form(fields: Iterable[str], blanks: bool = True) -> dict[str, Any]:
@@ -3243,9 +3308,12 @@ ROUTES = (  # an answer of one expression stands here
     ("POST", "/login", log_in),
     ("POST", "/logout", log_out),
     ("GET", "/", lambda: flask.redirect("/dashboard", 303)),
-    ("GET", "/dashboard", lambda: show_page("dashboard.html", dashboard, "")),
-    ("GET", "/tasks/<reference>", lambda **named: show_page("task.html", one_task, "before_seq", **named)),
-    ("GET", "/stream", lambda: show_page("stream.html", whole_thread, "before_seq q")),
+    ("GET", "/dashboard", lambda: show_page("dashboard.html", dashboard, TASK_FILTER)),
+    ("GET", "/tasks/<reference>", lambda **named: show_page("task.html", one_task, THREAD_FILTER, **named)),
+    ("GET", "/tasks/<reference>.md", lambda reference: download_task("md", reference)),
+    ("GET", "/tasks/<reference>.json", lambda reference: download_task("json", reference)),
+    ("GET", "/stream", lambda: show_page("stream.html", whole_thread, THREAD_FILTER)),
+    ("GET", "/stream.ndjson", download_stream),
     ("GET", "/needs", lambda: show_page("needs.html", lambda q, wanted: {}, "")),
     ("GET", "/palette", lambda: show_page("palette.html", palette, "")),
     ("POST", "/workstreams", lambda: take_form("/dashboard", WORKSTREAM)),
@@ -3326,7 +3394,7 @@ def create_app(config: Config | None = None):
 
     app = flask.Flask("monitor", static_folder=None, template_folder=None)
     app.jinja_loader = jinja2.FunctionLoader(lambda name: asset("templates", name).decode())
-    app.jinja_env.filters |= {"age": age}
+    app.jinja_env.filters |= {"age": age, "folded": folded, "marked": marked}
     app.extensions["monitor"] = Monitor(config or Config.load())
     app.before_request(guard)
     app.before_request(read_path)

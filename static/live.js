@@ -347,10 +347,10 @@ function showBell() {
 }
 
 function move(step) {
-  const rows = [...main.querySelectorAll("li[id]")].filter((row) => row.checkVisibility());
-  const at = rows.findIndex((row) => row.contains(document.activeElement));
+  const rows = [...main.querySelectorAll("li[id]:not(.day), li.fold")].filter((row) => row.checkVisibility());
+  const at = rows.findLastIndex((row) => row.contains(document.activeElement));
   const row = rows[at < 0 ? rows.findIndex((row) => row.getBoundingClientRect().top > 40) : at + step];
-  const link = row && ($(".name, .task-name", row) ?? $("a", row));
+  const link = row && ($(".name, .task-name", row) ?? $("a, summary", row));
   link?.focus({ preventScroll: true });
   row?.scrollIntoView({ block: "nearest" });
 }

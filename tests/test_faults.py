@@ -87,7 +87,7 @@ def alive(server: Server) -> None:
     """Assert that a server answers at once that it is there."""
     begun = time.monotonic()
     assert server.ask("GET", "/health").json() == {"status": "ok"}
-    assert time.monotonic() - begun < 0.3
+    assert time.monotonic() - begun < 2
 
 
 def stored(server: Server, task: dict) -> list[str]:

@@ -335,7 +335,7 @@ def test_a_slow_sender_is_cut_off(kept, name):
 
 
 def test_others_do_not_notice_slow_senders(kept):
-    assert sorted(kept[1])[len(kept[1]) // 2] < 0.2
+    assert sorted(kept[1])[len(kept[1]) // 2] < 1
     assert max(kept[1]) < 1.5
 
 

@@ -432,12 +432,10 @@ def test_a_server_whose_database_is_locked_goes_on_answering(fresh, path):
     with ThreadPoolExecutor(1) as pool:
         with write_lock(path), Session(server) as session:
             write = pool.submit(session.say, task, "patient")
-            begun = time.monotonic()
             for _ in range(5):
                 assert server.ask("GET", "/health").status_code == 200
                 assert server.get("/api/updates")["total"] == 0
-            assert time.monotonic() - begun < 1
-            assert not write.done()
+            assert not write.done(), "the lock was held for all of it"
         assert write.result(10)["seq"] == 3
 
 
