@@ -1422,6 +1422,14 @@ class Queries:
         """
         return self.rows(sql, kind=kind, value=value, repository=repository)
 
+    def showing(self, place: dict[str, Any], pull: int | None) -> list[int]:
+        """The tasks that show checks of a branch, or a pull request."""
+        sql = """
+            SELECT task FROM checks WHERE repository = :repository AND branch = :branch
+            UNION SELECT task FROM pull_requests WHERE repository = :repository AND number = :pull
+        """
+        return [row["task"] for row in self.rows(sql, **place, pull=pull)]
+
     def session_ended(self, signature: str) -> bool:
         """Whether a browser session was ended by its user."""
         sql = "SELECT 1 FROM ended_sessions WHERE signature = :signature"
@@ -2626,10 +2634,17 @@ def link_name(fields: dict[str, Any]) -> dict[str, Any]:
         raise invalid("value must be the absolute path of a folder", "value")
     value = (value.rstrip("/\\") or "/") if kind == "folder" else value
     if kind in ("pr", "issue", "commit"):
-        said = re.fullmatch(r"(?:(?:https?://[^/\s]+/)?([\w.-]+/[\w.-]+)(?:#|@|/\w+/))?#?(\w+)/?", value)
-        if not said or (kind != "commit" and not re.fullmatch("[1-9][0-9]{0,17}", said[2])):
-            raise invalid("value must be a number or SHA, as 12 or owner/name#12", "value")
+        address = r"(?:(?:https?://[^/\s]+/)?([\w.-]+/[\w.-]+)(?:#|@|/\w+/))?#?(\w+)(?:[/?#].*)?"
+        said = re.fullmatch(address, value)
+        form = "[0-9A-Fa-f]{40}" if kind == "commit" else "[1-9][0-9]{0,17}"
+        if not said or not re.fullmatch(form, said[2]) or ("/" in value and not said[1]):
+            raise invalid("value must be a number or a whole SHA, as 12 or owner/name#12", "value")
         fields, value = fields | ({"repository": said[1]} if said[1] else {}), said[2]
+    if kind == "repo":
+        value = re.sub(r"^https?://[^/]+/|(\.git)?/?$", "", value)
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
+            raise invalid("value must be owner/name", "value")
+    value = value.removeprefix("refs/heads/") if kind == "branch" else value
     return fields | {"value": value.lower() if kind in ("commit", "repo") else value}
 
 
@@ -2689,10 +2704,10 @@ def record_webhook(t, draft: Draft, subject: Subject, named: str | None, now: st
 
 def show_state(t: Transaction, task: sqlite3.Row, subject: Subject, closes: bool, seq: int | None, now: str):
     """Bring checks and pull requests of a task up to date, and log the task where it then shows others; also
-    the inbox, which gives up what has found its task."""
-    place = {"task": task["number"], "repository": subject.repository, "branch": subject.branch}
-    inbox = [row["task"] for row in t.linked("inbox", subject.repository.lower(), "")]
-    before = [t.one(TASK, str(number)) for number in {task["number"], *inbox}]
+    those that give up what has found its task."""
+    place = {"task": task["number"], "repository": subject.repository.lower(), "branch": subject.branch}
+    others = t.showing(place, subject.pull and subject.pull["number"])
+    before = [t.one(TASK, str(number)) for number in {task["number"], *others}]
     for name, facts in (("check_events", subject.check), ("pull_events", subject.pull)):
         if facts:
             t.put(name, facts | place | {"seq": seq, "now": now})
@@ -3031,6 +3046,9 @@ def stream():
         batches = follow(store, broadcaster, start.seq, chosen, request.args.get("poll") in ("1", "true"))
         batches = ticks(batches, broadcaster) if "view" in wanted else batches
         body = stream_bytes(style, start, head, batches, lambda: broadcaster.closed)
+        cookie = request.cookies.get(cookie_name())
+        if cookie and monitor().config.tokens:  # a stream ends with the session that it was opened in
+            body = itertools.takewhile(lambda _: not store.read_here(lambda q: q.session_ended(cookie)), body)
         broadcaster.streams += 1
     headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-store"}
     response = flask.Response(body, mimetype=style.mimetype, headers=headers)
@@ -3349,7 +3367,8 @@ def show_error(error: Exception):
     problem = problem_of(error)
     if wants_page():
         # Not by page(): whether somebody is logged in stands in the database, which may be the trouble.
-        shown = flask.render_template("error.html", version=__version__, problem=problem)
+        sessions = bool(monitor().config.tokens)
+        shown = flask.render_template("error.html", version=__version__, problem=problem, sessions=sessions)
         response = flask.make_response(shown, problem.status)
     else:
         response = answer(dump(problem.body()), problem.status)
@@ -3363,6 +3382,8 @@ def finish(response):
     """The headers that every answer has; of pages and files an ETag, 304, and gzip where it is accepted."""
     request = flask.request
     response.headers.extend(PAGE_HEADERS)
+    if response.status_code in (303, 401):
+        response.headers["Cache-Control"] = "no-store"  # a redirection to the login is over after it
     if (
         response.status_code != 200
         or request.method not in SAFE_METHODS
@@ -4293,13 +4314,13 @@ def hooks_install(agent: str, project: bool, http: bool, block: bool, dry_run: b
     version = agent_version(agent) if gated else None
     wanted = wanted_hooks(agent, target()[0], version, http)
     if block:
-        return click.echo(with_hooks(None, wanted, agent), nl=False)
+        return quiet() or click.echo(with_hooks(None, wanted, agent), nl=False)
     file = HookFile(agent, project)
     before, text = file.original(), with_hooks(file.text, wanted, agent)
     text = text if text == file.text else with_hooks(before, wanted, agent)
     changed = text != file.text
     ask = changed and not yes and sys.stdin.isatty() and sys.stdout.isatty()
-    if ask or (changed and dry_run):
+    if ask or (changed and dry_run and not quiet()):
         sides = (file.text or "").splitlines(), text.splitlines()
         click.echo("\n".join(difflib.unified_diff(*sides, file.name, file.name, lineterm="")))
     if dry_run or (ask and not click.confirm(f"Write {file.name}?")):
@@ -4419,6 +4440,9 @@ def main() -> None:
         return None
     try:
         return cli.main(prog_name="monitor", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo("" if quiet() else error.format_message(), err=True, nl=not quiet())
+        sys.exit(error.exit_code)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         message = error.format_message() + (f"; see: {context.command_path} --help" if context else "")

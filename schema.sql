@@ -140,8 +140,12 @@ CREATE TRIGGER check_told INSTEAD OF INSERT ON check_events BEGIN
         WHERE (excluded.run, excluded.attempt, excluded.state NOT IN ('queued', 'running'),
                excluded.state = 'running', excluded.at)
             > (run, attempt, state NOT IN ('queued', 'running'), state = 'running', at);
-    DELETE FROM checks WHERE task <> new.task AND task IN (SELECT task FROM links WHERE kind = 'inbox')
-        AND repository = new.repository AND branch = new.branch AND name = new.name;
+    -- An inbox gives up what has found its task; so does a task whose branch leads elsewhere by now.
+    DELETE FROM checks WHERE task <> new.task
+        AND repository = new.repository AND branch = new.branch AND name = new.name
+        AND (task IN (SELECT task FROM links WHERE kind = 'inbox')
+             OR (typeof(new.run) = 'integer' AND typeof(new.attempt) = 'integer'
+                 AND (run, attempt) < (new.run, new.attempt)));
 END;
 CREATE VIEW pull_events AS SELECT *, NULL AS seq, at AS now FROM pull_requests;
 CREATE TRIGGER pull_told INSTEAD OF INSERT ON pull_events
@@ -153,8 +157,10 @@ WHEN typeof(new.number) = 'integer' AND new.state IN ('open', 'closed', 'merged'
             at = excluded.at
         WHERE (excluded.state = 'merged', excluded.at, excluded.state = 'closed')
             > (state = 'merged', at, state = 'closed');
-    DELETE FROM pull_requests WHERE task <> new.task AND task IN (SELECT task FROM links WHERE kind = 'inbox')
-        AND repository = new.repository AND number = new.number;
+    DELETE FROM pull_requests WHERE task <> new.task
+        AND repository = new.repository AND number = new.number
+        AND (task IN (SELECT task FROM links WHERE kind = 'inbox')
+             OR at < strftime('%Y-%m-%dT%H:%M:%f000Z', CASE WHEN new.at GLOB '[12]???-*' THEN new.at END));
 END;
 -- Those that count: live as long as the newest pull request of their branch is open, or there is none.
 CREATE VIEW check_rows AS

@@ -108,7 +108,8 @@ async function refresh(navigating = false) {
     if (mine !== request) return;
     if (response.redirected || !$("main[data-seq]", fresh)) {
       if (navigating) return location.reload();
-      page.shown = page.known; // the page is gone, or one must log in: the next event asks again
+      if (new URL(response.url).pathname === "/login") tell({ state: "logged out" });
+      else page.shown = page.known; // the page is gone: the next event asks again
     } else show(fresh, navigating);
   } catch (error) {
     failed = true;

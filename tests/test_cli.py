@@ -22,6 +22,7 @@ from typing import NamedTuple
 import click
 import pytest
 import requests
+import rig
 from click.testing import CliRunner
 from conftest import ROOT, Server, clean_environment, wait_until
 
@@ -764,3 +765,9 @@ def test_a_server_can_be_quiet(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=10)[0] == b""
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("group", ["", "task", "hooks"])
+def test_a_group_alone_shows_its_help(group):
+    told = rig.at_rest(*group.split())
+    assert told.status == 2 and "\nCommands:\n" in told.error and told.out == ""

@@ -253,6 +253,17 @@ def test_a_logout_ends_the_session_and_its_copies_but_no_other(strict, welcome):
         assert opens(strict, cookie_of(other).value)
 
 
+def test_a_logout_ends_the_streams_of_its_session(strict, welcome):
+    cookie = cookie_of(welcome)
+    with strict.follow(Cookie=f"{cookie.name}={cookie.value}") as follower:
+        events = iter(follower)
+        assert next(events)[0] == "hello"
+        welcome.submit("/logout")
+        bearer = {"Authorization": f"Bearer {TOKEN}"}
+        assert strict.ask("POST", "/api/workstreams", {"name": "secret"}, headers=bearer).status_code == 201
+        assert [event for event, *_ in events] == []
+
+
 def test_a_session_is_not_ended_by_a_link(welcome):
     assert welcome.get("/logout").status_code == 405
     assert welcome.get("/dashboard").status_code == 200

@@ -117,6 +117,22 @@ def post(server, body: bytes, media: str = "application/json", event: str = "pus
 # --- who may send ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("kind", "value"), [("repo", "shop"), ("repo", "a b/c"), ("commit", "zzz"), ("commit", "abc1234")]
+)
+def test_a_link_that_could_never_lead_anywhere_is_refused(server, task, kind, value):
+    body = {"link": kind, "value": value, "task_id": task["id"]}
+    assert server.ask("POST", "/api/links", body).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "value", ["acme/shop", "https://github.com/Acme/shop", "https://github.com/acme/shop.git/"]
+)
+def test_a_repository_may_be_named_by_its_address(server, task, value):
+    bind(server, task, "repo", value)
+    assert server.get("/api/links", task_id=task["id"])["items"][0]["value"] == "acme/shop"
+
+
 def test_the_documented_signature_is_taken():
     known = "sha256=757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17"
     assert monitor.signed((SECRET.encode(),), known, b"Hello, World!")
@@ -473,6 +489,21 @@ def test_a_failure_asks_for_attention_until_the_next_run_passes(hub, task):
     hub.run(1, "success", attempt=1)  # the same second: the first word holds
     hub.run(3, "success")
     assert state_of(hub.server, task) == ("passed", [], None)
+
+
+def test_a_task_gives_up_what_belongs_to_another_one_by_now(hub, server):
+    old, new = server.new_task("old"), server.new_task("new")
+    bind(server, old, "branch", "pull-1", repository=hub.name)
+    hub.pull(1)
+    hub.run(1, "failure", "pull-1")
+    assert state_of(server, old) == ("failed", [(1, "open")], "failed")
+    bind(server, new, "branch", "pull-1", repository=hub.name)
+    with server.follow(f"?task_id={old['id']}") as follower:
+        hub.run(2, "success", "pull-1")
+        assert "attention" not in follower.take(1, "task_updated")[0]
+    hub.pull(1, "merged", 5)
+    assert state_of(server, old)[2] is None
+    assert state_of(server, new)[0] == "passed"
 
 
 def test_another_check_does_not_make_up_for_a_failure(hub, task):
