@@ -2311,6 +2311,10 @@ class Monitor:
         """A value with what looks like a secret masked, unless that is not wanted."""
         return redact(value) if self.config.redact else value
 
+    def masked_apart(self, payload: Any) -> Any:
+        """The same for what may be large, in a thread: 25 MiB take 5 s, and the others must not wait."""
+        return self._in_thread(self.masked, payload)
+
     def columns(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Cleaned fields as column values, masked; metadata is kept as text."""
         values = self.masked(fields)
@@ -2372,7 +2376,7 @@ class Monitor:
     def take_hook(self, hook: Hook, moment: str | None = None) -> None:
         """Take in a hook of an agent: find or make its task, store what is worth it, and note whether the
         run waits. Nothing comes of a hook that came before, or of a run that cannot be told from others."""
-        payload = self.masked(hook.payload)  # first: half a secret, cut off, looks like none
+        payload = self.masked_apart(hook.payload)  # first: half a secret, cut off, looks like none
         facts = {"event": "", "cwd": ""} | session_facts(hook.agent, payload, hook.event)
         draft, place = agent_draft(hook.agent, payload, hook.event), None
         known = self.store.read_here(lambda q: q.session(hook.agent, facts.get("session_id")))
@@ -2389,7 +2393,7 @@ class Monitor:
     ) -> tuple[str, int]:
         """Take in an event of GitHub: find its task (`named` refers to one), store it there if it is worth
         that, and bring up to date what the task shows. Returns the JSON that answers it, and the status."""
-        payload = self._in_thread(self.masked, payload)  # 5 s for the largest: the others must not wait
+        payload = self.masked_apart(payload)
         draft = github_draft(payload, headers)
         keep = github_wanted(self.config.github_events, draft)
         draft = draft._replace(data=kept_data(draft.data), keep=keep)
@@ -2429,7 +2433,7 @@ class Monitor:
 
         def operation(t: Transaction) -> str:
             task = t.one(TASK, fields["task_id"])
-            t.link(task["number"], link_name(fields))
+            t.link(task["number"], fields)
             return dump(TASK.make(task))
 
         return self.store.write(operation)
@@ -2987,6 +2991,12 @@ def webhook_draft(posted: dict[str, Any]) -> Draft:
     return github_draft(posted["payload"], posted.get("headers"))
 
 
+def named_task() -> str | None:
+    """The task that a hook or webhook names; empty values count as absent."""
+    request = flask.request
+    return request.args.get("task_id") or request.headers.get("X-Monitor-Task", "").strip() or None
+
+
 def receive_hook(agent: str):
     """Take in an agent's hook as it is; 204 whatever becomes of it."""
     if agent not in (*AGENTS, "spooled"):
@@ -2997,9 +3007,7 @@ def receive_hook(agent: str):
         if monitor().config.database is None:
             raise Problem("unavailable", "a temporary database keeps nothing: what waits in a spool waits on")
     else:
-        task = request.args.get("task_id") or request.headers.get("X-Monitor-Task", "").strip()
-        event = request.args.get("event")
-        hook = Hook(agent, parse_hook(raw), event, task or None, idempotency_key())
+        hook = Hook(agent, parse_hook(raw), request.args.get("event"), named_task(), idempotency_key())
     monitor().take_hook(hook)
     return flask.Response(status=204)
 
@@ -3019,8 +3027,7 @@ def receive_webhook():
     if isinstance(payload, dict) and len(payload) == 1 and isinstance(payload.get("payload"), str):
         payload = parse_hook(payload["payload"].encode("utf-8", "replace"))
     headers = {name: request.headers.get(name, "") for name in ("X-GitHub-Event", "X-GitHub-Delivery")}
-    task = request.args.get("task_id") or request.headers.get("X-Monitor-Task", "").strip()
-    return answer(*monitor().take_webhook(payload, headers, task or None))
+    return answer(*monitor().take_webhook(payload, headers, named_task()))
 
 
 def list_updates():
@@ -3778,8 +3785,8 @@ def split_entries(entries: list) -> tuple[list, list]:
     for entry in entries:
         group = entry.get("hooks") if isinstance(entry, dict) else None
         if group and isinstance(group, list):
-            parts = zip(sides, split_entries(group), strict=True)
-            [side.append(entry | {"hooks": part}) for side, part in parts if part]
+            for side, part in zip(sides, split_entries(group), strict=True):
+                side += [entry | {"hooks": part}] if part else []
         else:
             written = json.dumps(entry)
             sides[not any(mark in written for mark in HOOK_MARKS)].append(entry)
@@ -4441,7 +4448,8 @@ def main() -> None:
     try:
         return cli.main(prog_name="monitor", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo("" if quiet() else error.format_message(), err=True, nl=not quiet())
+        if not quiet():
+            click.echo(error.format_message(), err=True)
         sys.exit(error.exit_code)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
