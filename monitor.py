@@ -25,7 +25,8 @@ The file, top to bottom (each section has a banner of its own):
     web          API routes, stream, pages, create_app()
     server       the WSGI server with limits and time-outs, gevent first, threads without it
     hooks        agents plugged in: their settings, the hook that they run, the spool while no server answers
-    cli          the click commands and the HTTP client behind them
+    cli          options, output, and the HTTP client behind the commands
+    commands     the click commands
 """
 
 from __future__ import annotations
@@ -244,6 +245,8 @@ MAX_WEBHOOK = 25 * 1024 * 1024
 MAX_DEPTH = 64
 MAX_INTEGER = 2**63 - 1
 UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+AGENTS = {"claude": "Claude Code"} | {name: name.title() for name in ("codex", "gemini", "copilot", "cursor")}
+RUN_REFERENCE = rf"(?:{'|'.join(AGENTS)}):[\x21-\x2e\x30-\x7e]{{1,200}}"  # no slash: it may stand in a path
 
 
 def timestamp(moment: datetime.datetime | None = None) -> str:
@@ -370,9 +373,13 @@ def read_tags(value: Any, schema: dict[str, Any]) -> list[str]:
 
 
 def read_reference(value: Any, schema: dict[str, Any]) -> str:
-    """What names a task or workstream: a UUID, a task's number, or 4 or more first digits of a UUID."""
-    fits = isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}|[0-9a-fA-F-]{4,36}", value)
-    must(fits, "be a string: an id, a number, or 4 or more first digits of an id")
+    """What names a task or workstream: a UUID, a task's number, 4 or more first digits of a UUID, or the run
+    of an agent that is at work on the task, as claude:SESSION."""
+    must(isinstance(value, str), "be a string: an id, a number, or 4 or more first digits of an id")
+    if re.fullmatch(RUN_REFERENCE, value):
+        return value
+    fits = re.fullmatch(r"[0-9]{1,18}|[0-9a-fA-F-]{4,36}", value)
+    must(fits, "be an id, a number, 4 or more first digits of an id, or a run as claude:SESSION")
     return value.lower()
 
 
@@ -543,7 +550,6 @@ def redact_deep(value: Any) -> Any:
 # agents: hook payloads of coding agents -> Draft of an update (pure)
 # ======================================================================================================
 
-AGENTS = {"claude": "Claude Code"} | {name: name.title() for name in ("codex", "gemini", "copilot", "cursor")}
 # Escape sequences, control, bidi and zero-width characters, lone surrogates: none may reach a page or a log.
 INVISIBLE = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|[\x00-\x08\x0e-\x1f\x7f-\x9f\u061c\u200b"
@@ -1283,6 +1289,9 @@ class Queries:
             found = self.first("SELECT * FROM task_rows WHERE number = :number", number=int(reference))
             if found is not None:
                 return found
+        if ":" in reference:
+            run = self.session(*reference.split(":", 1)) if kind is TASK else None
+            return run and self.find(TASK, str(run["task"]))
         sql = f"SELECT * FROM {kind.view} WHERE id >= :prefix AND id < :prefix || 'g' LIMIT 6"
         found = self.rows(sql, prefix=reference) if len(reference) >= 4 else []
         if len(found) > 1:
@@ -3995,13 +4004,14 @@ def flush_spool(server: str, token: str) -> tuple[int, int, int]:
 
 
 # ======================================================================================================
-# cli: commands, and the HTTP client behind them
+# cli: options, output, and the HTTP client behind the commands
 # ======================================================================================================
 
 LONG_SECONDS = 3600  # how long an administrator's command waits for an answer
 EXIT_CODES = {"not_found": 3, "conflict": 3, "unauthorized": 4, "unreachable": 5}
 OPTION_NAMES = {"hidden": "--hidden/--no-hidden", "summary_text": "--summary", "task_id": "--task"}
 OPTION_NAMES |= {"workstream_id": "--workstream"}
+RUN_VARIABLES = {"claude": "CLAUDE_CODE_SESSION_ID"}  # what agents set for the commands that they run
 
 
 def quiet() -> bool:
@@ -4148,6 +4158,13 @@ def target() -> tuple[str, str]:
     return server.removesuffix("/"), token
 
 
+def current_task(given: str | None = None) -> str | None:
+    """The task that a command is about: the one that is named, else MONITOR_TASK_ID, else that of the agent's
+    run that we are in, as claude:SESSION; None: there is none."""
+    runs = (f"{agent}:{os.environ[name]}" for agent, name in RUN_VARIABLES.items() if os.environ.get(name))
+    return given or os.environ.get("MONITOR_TASK_ID") or next(runs, None)
+
+
 def show(told: dict[str, Any]) -> None:
     """Print an answer as indented JSON."""
     if not quiet():
@@ -4197,6 +4214,10 @@ def api_command(words: str, request: str, names: str, fields: Fields, text: str)
     call.__doc__ = text
     command(words, names, fields)(call)
 
+
+# ======================================================================================================
+# commands: what can be typed
+# ======================================================================================================
 
 REDACT = """Wipe message and data of update SEQ that holds something it must not; its number and a mark stay.
 Copies made before, as backups, still hold it."""

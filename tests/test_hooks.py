@@ -970,3 +970,27 @@ def test_whatever_comes_is_kept_bounded_and_can_be_stored(value, length, depth):
     text = monitor.dump(monitor.kept_data(value))
     assert len(text) <= monitor.KEPT_BYTES
     monitor.parse_json(text.encode())
+
+
+# --- a run names its task --------------------------------------------------------------------------------
+
+
+def test_a_run_stands_for_its_task_wherever_one_is_named(server):
+    run = Run(server, cwd=f"/work/{uuid.uuid4()}")
+    run("UserPromptSubmit", prompt="Tidy the imports")
+    task = run.task
+    assert server.get(f"/api/tasks/{run.source}")["id"] == task["id"]
+    assert (
+        server.post("/api/updates/manual", task_id=run.source, message="from within")["task_id"] == task["id"]
+    )
+    messages = [update["message"] for update in server.get("/api/updates", task_id=run.source)["items"]]
+    assert messages == ["Prompt: Tidy the imports", "from within"]
+    other = Run(server, **{"X-Monitor-Task": run.source})
+    other("UserPromptSubmit", prompt="Help with it")
+    assert other.task["id"] == task["id"]
+
+
+@pytest.mark.parametrize("name", ["claude:nobody", "nobody:1234", "claude:"])
+def test_a_run_that_is_not_known_names_nothing(server, name):
+    answer = server.ask("GET", f"/api/tasks/{name}")
+    assert (answer.status_code, answer.json()["error"]) == (404, "not_found")
