@@ -22,6 +22,7 @@ The file, top to bottom (each section has a banner of its own):
     stream       the ring of newest frames, the wake-up, follow(): a subscriber is a cursor into the log
     monitor      the operations: everything that API, pages and commands do
     guard        who may ask: Host, Origin, bearer token
+    schema       the routes as an OpenAPI document, made from the tables that check what they are given
     web          API routes, stream, pages, create_app()
     server       the WSGI server with limits and time-outs, gevent first, threads without it
     hooks        agents plugged in: their settings, the hook that they run, the spool while no server answers
@@ -246,6 +247,7 @@ MAX_DEPTH = 64
 MAX_INTEGER = 2**63 - 1
 UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 AGENTS = {"claude": "Claude Code"} | {name: name.title() for name in ("codex", "gemini", "copilot", "cursor")}
+REFERENCE = "[0-9]{1,18}|[0-9a-fA-F-]{4,36}"
 RUN_REFERENCE = rf"(?:{'|'.join(AGENTS)}):[\x21-\x2e\x30-\x7e]{{1,200}}"  # no slash: it may stand in a path
 
 
@@ -378,7 +380,7 @@ def read_reference(value: Any, schema: dict[str, Any]) -> str:
     must(isinstance(value, str), "be a string: an id, a number, or 4 or more first digits of an id")
     if re.fullmatch(RUN_REFERENCE, value):
         return value
-    fits = re.fullmatch(r"[0-9]{1,18}|[0-9a-fA-F-]{4,36}", value)
+    fits = re.fullmatch(REFERENCE, value)
     must(fits, "be an id, a number, 4 or more first digits of an id, or a run as claude:SESSION")
     return value.lower()
 
@@ -459,7 +461,14 @@ SESSION_MOVE = fields("source! task_id! updates")
 LINK_NAME = fields("link! value! repository")
 LINK = LINK_NAME | fields("task_id! close_on_merge")
 STREAM_FILTER = fields("task_id workstream_id source kind level tag")
-UPDATE_QUERY = STREAM_FILTER | fields("q after_seq before_seq since until order limit total")
+FILE_QUERY = STREAM_FILTER | fields("q after_seq before_seq since until")
+UPDATE_QUERY = FILE_QUERY | fields("order limit total")
+CURSORS = {"lastEventId": FIELDS["cursor"], "last_event_id": FIELDS["cursor"], "after_seq": FIELDS["cursor"]}
+STREAM_QUERY = STREAM_FILTER | fields("view format poll stream") | CURSORS
+HEALTH_QUERY = fields("full")
+HOOK_QUERY = fields("event") | {"task_id": FIELDS["named_task"]}
+PATH = {"reference": FIELDS["task_id"], "seq": FIELDS["seq"]}
+PATH["agent"] = Field("choice", {"enum": [*AGENTS]}, "The agent.")
 
 
 def clean(payload: Any, fields: Fields) -> dict[str, Any]:
@@ -2639,25 +2648,24 @@ def note_run(t, run, facts, draft, place, moment, seq) -> None:
     t.save_session(dict(run) | changes)
 
 
+LINK_FORMS = dict.fromkeys(("pr", "issue", "commit"), "a number or a whole SHA, as 12 or owner/name#12") | {
+    "folder": "the absolute path of a folder", "branch": "a branch", "repo": "owner/name",
+}  # fmt: skip
+
+
 def link_name(fields: dict[str, Any]) -> dict[str, Any]:
     """A link as events name it: the path of a folder absolute, without a slash at its end; the repository
     apart, where it is said with the value: owner/name#12, or a page's address."""
-    kind, value = fields["link"], fields["value"]
-    if kind == "folder" and not re.match(r"/|[A-Za-z]:[/\\]", value):
-        raise invalid("value must be the absolute path of a folder", "value")
-    value = (value.rstrip("/\\") or "/") if kind == "folder" else value
+    kind, value, form = fields["link"], fields["value"], FIELDS["value"].schema["x-forms"]
+    said = re.search(form[kind], value)
+    if not said:
+        raise invalid(f"value must be {LINK_FORMS[kind]}", "value")
     if kind in ("pr", "issue", "commit"):
-        address = r"(?:(?:https?://[^/\s]+/)?([\w.-]+/[\w.-]+)(?:#|@|/\w+/))?#?(\w+)(?:[/?#].*)?"
-        said = re.fullmatch(address, value)
-        form = "[0-9A-Fa-f]{40}" if kind == "commit" else "[1-9][0-9]{0,17}"
-        if not said or not re.fullmatch(form, said[2]) or ("/" in value and not said[1]):
-            raise invalid("value must be a number or a whole SHA, as 12 or owner/name#12", "value")
-        fields, value = fields | ({"repository": said[1]} if said[1] else {}), said[2]
-    if kind == "repo":
-        value = re.sub(r"^https?://[^/]+/|(\.git)?/?$", "", value)
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
-            raise invalid("value must be owner/name", "value")
-    value = value.removeprefix("refs/heads/") if kind == "branch" else value
+        repository, *named = said.groups()
+        fields |= {"repository": repository} if repository else {}
+        value = next(filter(None, named))
+    value = (value.rstrip("/\\") or "/") if kind == "folder" else value
+    value = said[1] if kind == "repo" else value.removeprefix("refs/heads/") if kind == "branch" else value
     return fields | {"value": value.lower() if kind in ("commit", "repo") else value}
 
 
@@ -2837,17 +2845,15 @@ def signed(secrets_: tuple[bytes, ...], signature: str, *bodies: bytes) -> bool:
     return any(hmac.compare_digest(given, b"sha256=" + known.encode()) for known in made)
 
 
-def token_needed(config: Config) -> bool:
-    """Whether the current request needs a token or a session."""
-    request = flask.request
-    if request.path == "/api/webhooks/github" and config.github_secrets:
+def token_needed(config: Config, method: str, path: str, full: Any = None) -> bool:
+    """Whether a request needs a token or a session."""
+    if path == "/api/webhooks/github" and config.github_secrets:
         return False  # its signature stands for the token
-    short_health = request.path == "/health" and not request.args.get("full")
-    if short_health or request.path == "/login" or request.path.startswith("/static/"):
+    if (path == "/health" and not full) or path == "/login" or path.startswith("/static/"):
         return False
     if config.auth_mode == "strict" and not config.tokens:
         raise misconfigured("strict mode needs tokens: set MONITOR_API_TOKENS")
-    writes = request.method not in SAFE_METHODS or request.path.startswith("/api/admin/")
+    writes = method not in SAFE_METHODS or path.startswith("/api/admin/")
     return bool(config.tokens) and (config.auth_mode == "strict" or writes)
 
 
@@ -2861,11 +2867,162 @@ def guard():
         raise Problem("forbidden", "requests from another web site are refused")
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     bearer = token.strip().encode("latin-1", "replace") if scheme.lower() == "bearer" else b""
-    if not token_needed(config) or match_token(bearer, config.tokens) or logged_in():
+    needed = token_needed(config, request.method, request.path, request.args.get("full"))
+    if not needed or match_token(bearer, config.tokens) or logged_in():
         return None
     if wants_page() and request.method in SAFE_METHODS:
         return flask.redirect("/login?next=" + quoted(request.full_path.rstrip("?")), 303)
     raise Problem("unauthorized", "a valid token is needed: Authorization: Bearer TOKEN, or log in at /login")
+
+
+# ======================================================================================================
+# schema: the routes as an OpenAPI document, made from the tables that check what they are given
+# ======================================================================================================
+
+# What no field table knows stands in templates/openapi.json: what a route is for and what it answers with,
+# the headers it reads, the bodies that are no JSON object of fields. Pages are not described: they are for
+# people, and change with what they show.
+
+
+class Route(NamedTuple):
+    """A row of ROUTES: what answers a request, and the tables that check its body and query before."""
+
+    method: str
+    rule: str
+    handler: Callable
+    body: Fields | None = None
+    query: Fields | None = None
+    limit: int = MAX_BODY  # of its body, in bytes
+
+    @property
+    def fields(self) -> Fields:
+        """All that its path, query and body name."""
+        named = {name: PATH[name] for name in re.findall("([a-z]+)>", self.rule)}
+        return named | (self.query or {}) | (self.body or {})
+
+
+def component(name: str, kind: str = "schemas") -> dict[str, str]:
+    """A reference to a part of the document that has a name."""
+    return {"$ref": f"#/components/{kind}/{name}"}
+
+
+def typed(shape: str | dict[str, Any]) -> dict[str, Any]:
+    """The content of an answer: a schema, or the name of one."""
+    return {"schema": component(shape) if isinstance(shape, str) else shape}
+
+
+def text_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """What read_text takes: no NUL and, where it must have a length, more than blanks. Python and ECMAScript
+    do not agree on what is one."""
+    some = r"(?:[^\x00\s\x1c-\x1f\x85]|\ufeff)[^\x00]*" if schema.get("minLength") else ""
+    return {"pattern": rf"^[^\x00]*{some}$"} | schema
+
+
+SCHEMA_OF = {  # by the kind of a field: what its reader takes, as JSON Schema
+    "any": lambda schema: schema if schema.get("type") == "string" else component("Any") | schema,
+    "choice": lambda schema: {"type": "string"} | schema,
+    "flag": dict,
+    "number": lambda schema: {"type": "integer"} if schema["minimum"] else schema,  # clamped, not refused
+    "reference": lambda schema: schema | {"pattern": f"^(?:{RUN_REFERENCE}|{REFERENCE})$"},
+    "tags": lambda schema: schema | {"items": text_schema(schema["items"])},
+    "text": text_schema,
+    "time": dict,
+    "words": lambda schema: {"type": "array", "items": {"enum": schema["x-words"]}, "minItems": 1},
+}
+
+
+def property_schema(field: Field) -> dict[str, Any]:
+    """A field of a JSON body: null is as good as absent."""
+    schema = SCHEMA_OF[field.kind](field.schema) | {"description": field.text}
+    if field.required:
+        return schema if "type" in schema else schema | {"not": {"type": "null"}}
+    nullable = {"type": [schema["type"], "null"]} if "type" in schema else {}
+    return schema | nullable | ({"enum": [*schema["enum"], None]} if "enum" in schema else {})
+
+
+def body_schema(table: Fields) -> dict[str, Any]:
+    """The JSON object that a field table takes. Fields that it does not know are ignored, if they are JSON
+    that could be kept."""
+    found = {
+        "type": "object",
+        "properties": {name: property_schema(field) for name, field in table.items()},
+        "required": [name for name, field in table.items() if field.required],
+        "additionalProperties": component("Any"),
+        "propertyNames": text_schema({}),
+    }
+    if "link" in table:  # what a value looks like depends on what it is of
+        forms = found["properties"]["value"].pop("x-forms").items()
+        pairs = [{"link": {"const": kind}, "value": {"pattern": form}} for kind, form in forms]
+        found["anyOf"] = [{"properties": pair} for pair in pairs]
+    return found
+
+
+def parameter(place: str, name: str, field: Field) -> dict[str, Any]:
+    """A field of a path or query."""
+    found = {"name": "id" if name == "reference" else name, "in": place, "description": field.text}
+    found |= {"required": place == "path", "schema": SCHEMA_OF[field.kind](field.schema)}
+    return found | ({"style": "form", "explode": False} if field.kind == "words" else {})
+
+
+def possible_errors(route: Route, row: dict[str, Any], codes_of: dict[str, str]) -> dict[str, Any]:
+    """The responses of a route that say no, by status."""
+    kinds = {field.kind for field in route.fields.values()}
+    traits = {"body": route.body or "takes" in row, "fields": route.body, "path": "<" in route.rule}
+    traits |= {"reference": "reference" in kinds, "body reference": route.body and "reference" in kinds}
+    traits |= {"key": "Idempotency-Key" in row.get("headers", ""), "every": True}
+    names = " ".join([row.get("errors", ""), *(codes for trait, codes in codes_of.items() if traits[trait])])
+    statuses = sorted({STATUS_OF[name] for name in names.split()})
+    return {str(status): component(f"Problem{status}", "responses") for status in statuses}
+
+
+def operation(route: Route, row: dict[str, Any], about: dict[str, Any], config: Config) -> dict[str, Any]:
+    """One route of the API."""
+    placed = [("path", name) for name in PATH if f"{name}>" in route.rule]
+    placed += [("query", name) for name in route.query or {}]
+    parameters = [parameter(place, name, route.fields[name]) for place, name in placed]
+    parameters += [component(name, "parameters") for name in row.get("headers", "").split()]
+    open_to_all = [] if token_needed(config, route.method, route.rule) else [{}]
+    found = {"operationId": re.sub(r"\W+", "_", route.method.lower() + route.rule).strip("_")}
+    found |= {name: row[name] for name in ("summary", "description", "x-query") if name in row}
+    found |= {"tags": [row["tag"]], "parameters": parameters}
+    found |= {"security": [*open_to_all, {"bearer": []}, {"cookie": []}]}
+    takes = row.get("takes", {})
+    if route.body is not None:
+        names = [name for name, field in route.body.items() if field.required] or [*route.body][:1]
+        example = row.get("example") or {name: about["examples"][name] for name in names}
+        takes = {"application/json": {"schema": body_schema(route.body), "example": example}}
+    if takes:
+        text = f"At most {route.limit // 1024**2} MiB."
+        found["requestBody"] = {"description": text, "required": True, "content": takes}
+    answers = {
+        status: {"description": text, "content": {media: typed(shape) for media, shape in shapes.items()}}
+        for status, (text, shapes) in row["answers"].items()
+    }
+    return found | {"responses": answers | possible_errors(route, row, about["errors_of"])}
+
+
+def openapi(routes: Iterable[Route], config: Config, cookie: str) -> dict[str, Any]:
+    """The OpenAPI document of this server: its settings say where a token is needed."""
+    about = json.loads(asset("templates", "openapi.json"))
+    found = about["document"]
+    found["info"]["version"], parts = __version__, found["components"]
+    found["x-limits"] = {"body": MAX_BODY, "webhook": MAX_WEBHOOK, "depth": MAX_DEPTH, "integer": MAX_INTEGER}
+    parts["securitySchemes"]["cookie"]["name"] = cookie
+    parts["schemas"]["Error"]["properties"]["error"]["enum"] = [*STATUS_OF]
+    for route in routes:
+        row = about["routes"].get(f"{route.method} {route.rule}")
+        if row:
+            path = re.sub("<([a-z]+:)?([a-z]+)>", r"{\2}", route.rule).replace("{reference}", "{id}")
+            found["paths"].setdefault(path, {})[route.method.lower()] = operation(route, row, about, config)
+    parts["responses"] = {}
+    for status in sorted({*STATUS_OF.values()}):
+        codes = [code for code in STATUS_OF if STATUS_OF[code] == status]
+        error = component("Error") | {"properties": {"error": {"enum": codes}}}
+        parts["responses"][f"Problem{status}"] = {
+            "description": " ".join(f"`{code}`: {about['errors'][code]}" for code in codes),
+            "content": {"application/json": {"schema": error}},
+        }
+    return found
 
 
 # ======================================================================================================
@@ -2930,29 +3087,47 @@ def query(fields: Fields, blanks: bool = True) -> dict[str, Any]:
 
 
 def read_path() -> None:
-    """Check the reference or seq in a path, for its handler; what can name nothing is not found."""
+    """Check what a path names, for its handler; what can name nothing is not found."""
     named = flask.request.view_args or {}
-    if "seq" in named:
-        if not re.fullmatch(r"[0-9]{1,18}", named["seq"], re.ASCII):
-            raise Problem("not_found", f"no update {named['seq'][:60]!r}")
-        named["seq"] = int(named["seq"])
-    if "reference" in named:
+    for name in PATH.keys() & named:
         try:
-            named["reference"] = FIELDS["task_id"].check(named["reference"], "id")
-        except Problem:
-            raise Problem("not_found", f"no such id: {named['reference'][:60]!r}") from None
+            named[name] = PATH[name].check(named[name], "id" if name == "reference" else name)
+        except Problem as problem:
+            raise Problem("not_found", f"{problem.message}; it is {named[name][:60]!r}") from None
 
 
-def health():
+def respond(route: Route, **named: Any):
+    """Answer a request: the handler of its route is given what the path names, and what the route's tables
+    have checked."""
+    if route.query is not None:
+        named["wanted"] = query(route.query)
+    if route.body is not None:
+        named["posted"] = clean(json_body(route.limit), route.body)
+    return route.handler(**named)
+
+
+def api_document() -> dict[str, Any]:
+    """The OpenAPI document of this server."""
+    return openapi(itertools.starmap(Route, ROUTES), monitor().config, cookie_name())
+
+
+def health(wanted: dict[str, Any]):
     """Whether the server answers; with full=1, how it is."""
-    return answer(dump(monitor().health() if flask.request.args.get("full") else {"status": "ok"}))
+    return answer(dump(monitor().health() if wanted.get("full") else {"status": "ok"}))
 
 
-def list_all(read: Callable[[Queries, dict[str, Any]], list[dict[str, Any]]], wanted: Fields):
+Reading = Callable[[Queries, dict[str, Any]], list[dict[str, Any]]]
+
+
+def list_all(read: Reading, wanted: dict[str, Any]):
     """The objects that the query asks for."""
-    asked = query(wanted)
-    found = monitor().store.read(lambda q: read(q, asked))
+    found = monitor().store.read(lambda q: read(q, wanted))
     return items([dump(each) for each in found], len(found))
+
+
+def list_of_task(view: str, wanted: dict[str, Any]):
+    """The objects of a view (session_rows, link_rows), of one task where one is named."""
+    return list_all(lambda q, asked: q.of_task(view, asked), wanted)
 
 
 def show_one(kind: Kind, reference: str):
@@ -2960,14 +3135,19 @@ def show_one(kind: Kind, reference: str):
     return answer(monitor().store.read_here(lambda q: dump(kind.make(q.one(kind, reference)))))
 
 
-def kind_routes(kind: Kind, read: Callable[[Queries, dict[str, Any]], list[dict[str, Any]]], wanted: Fields):
+def change_one(kind: Kind, reference: str, posted: dict[str, Any]):
+    """One workstream or task, changed."""
+    return answer(monitor().change(kind, reference, posted))
+
+
+def kind_routes(kind: Kind, read: Reading, asked: Fields):
     """The routes of the API that make, list, show and change workstreams or tasks."""
     place, one = f"/api/{kind.table}", f"/api/{kind.table}/<reference>"
     return (
-        ("POST", place, lambda: answer(monitor().create(kind, json_body()), 201)),
-        ("GET", place, lambda: list_all(read, wanted)),
+        ("POST", place, lambda posted: answer(monitor().create(kind, posted), 201), kind.new),
+        ("GET", place, lambda wanted: list_all(read, wanted), None, asked),
         ("GET", one, lambda reference: show_one(kind, reference)),
-        ("PATCH", one, lambda reference: answer(monitor().change(kind, reference, json_body()))),
+        ("PATCH", one, lambda reference, posted: change_one(kind, reference, posted), kind.changes),
     )
 
 
@@ -2979,49 +3159,46 @@ def idempotency_key() -> str | None:
     return key
 
 
-def post_update(
-    wanted: Fields, draft: Callable[[dict], Draft] | None = None, limit: int = MAX_BODY, **own: str
-):
-    """Store an update, or the one that `draft` makes of a payload; `own` are fields that no client sets.
-    201, or 200 when its idempotency key has been seen with the same body."""
-    posted = clean(json_body(limit), wanted) | own
+def post_update(posted: dict[str, Any], draft: Callable[[dict], Draft] | None = None):
+    """Store an update, or the one that `draft` makes of a payload. 201, or 200 when its idempotency key has
+    been seen with the same body."""
     made = draft_fields(posted["task_id"], draft(monitor().masked(posted))) if draft else posted
     body, created = monitor().add_update(made, idempotency_key(), posted)
     return answer(body, 201 if created else 200)
 
 
-def claude_draft(posted: dict[str, Any]) -> Draft:
-    """The update of a Claude Code hook payload."""
-    return agent_draft("claude", posted["payload"])
+def post_claude(posted: dict[str, Any]):
+    """Store the update of a Claude Code hook payload."""
+    return post_update(posted, lambda masked: agent_draft("claude", masked["payload"]))
 
 
-def webhook_draft(posted: dict[str, Any]) -> Draft:
-    """The update of a GitHub webhook payload."""
-    return github_draft(posted["payload"], posted.get("headers"))
+def post_webhook(posted: dict[str, Any]):
+    """Store the update of a GitHub webhook payload."""
+    return post_update(posted, lambda masked: github_draft(masked["payload"], masked.get("headers")))
 
 
-def named_task() -> str | None:
+def named_task(wanted: dict[str, Any]) -> str | None:
     """The task that a hook or webhook names; empty values count as absent."""
-    request = flask.request
-    return request.args.get("task_id") or request.headers.get("X-Monitor-Task", "").strip() or None
+    return wanted.get("task_id") or flask.request.headers.get("X-Monitor-Task", "").strip() or None
 
 
-def receive_hook(agent: str):
+def receive_hook(agent: str, wanted: dict[str, Any]):
     """Take in an agent's hook as it is; 204 whatever becomes of it."""
-    if agent not in (*AGENTS, "spooled"):
-        raise Problem("not_found", f"no such agent: {agent[:60]!r}; known are {', '.join(AGENTS)}")
-    request, raw = flask.request, read_body(MAX_WEBHOOK)
-    if agent == "spooled":
-        hook = parse_spooled(raw)
-        if monitor().config.database is None:
-            raise Problem("unavailable", "a temporary database keeps nothing: what waits in a spool waits on")
-    else:
-        hook = Hook(agent, parse_hook(raw), request.args.get("event"), named_task(), idempotency_key())
+    payload = parse_hook(read_body(MAX_WEBHOOK))
+    monitor().take_hook(Hook(agent, payload, wanted.get("event"), named_task(wanted), idempotency_key()))
+    return flask.Response(status=204)
+
+
+def receive_spooled():
+    """Take in a hook that waited in a spool, as its file has it."""
+    hook = parse_spooled(read_body(MAX_WEBHOOK))
+    if monitor().config.database is None:
+        raise Problem("unavailable", "a temporary database keeps nothing: what waits in a spool waits on")
     monitor().take_hook(hook)
     return flask.Response(status=204)
 
 
-def receive_webhook():
+def receive_webhook(wanted: dict[str, Any]):
     """Take in GitHub's own request: JSON, a form with JSON in it, or the wrapper that smee makes of that."""
     request, secrets_, raw = flask.request, monitor().config.github_secrets, read_body(MAX_WEBHOOK)
     bodies = [raw]  # before anything else reads it: of a form the raw bytes are signed, by Gitea the JSON
@@ -3036,30 +3213,27 @@ def receive_webhook():
     if isinstance(payload, dict) and len(payload) == 1 and isinstance(payload.get("payload"), str):
         payload = parse_hook(payload["payload"].encode("utf-8", "replace"))
     headers = {name: request.headers.get(name, "") for name in ("X-GitHub-Event", "X-GitHub-Delivery")}
-    return answer(*monitor().take_webhook(payload, headers, named_task()))
+    return answer(*monitor().take_webhook(payload, headers, named_task(wanted)))
 
 
-def list_updates():
+def list_updates(wanted: dict[str, Any]):
     """One page of updates."""
-    wanted = query(UPDATE_QUERY)
     return items(*monitor().store.read(lambda q: q.updates(q.filter(wanted), wanted)))
 
 
-def stream():
+def stream(wanted: dict[str, Any]):
     """Follow the log: SSE, or NDJSON; with poll=1 what there is, then the end."""
     request, broadcaster, store = flask.request, monitor().broadcaster, monitor().store
-    wanted, accepted = query(STREAM_FILTER | fields("view")), request.headers.get("Accept", "")
-    lines = request.args.get("format") == "ndjson" or "application/x-ndjson" in accepted
-    style = FORMATS["ndjson" if lines else "sse"]
-    named = (request.args.get(name) for name in ("lastEventId", "last_event_id", "after_seq"))
-    given = next(filter(None, (request.headers.get("Last-Event-ID"), *named)), None)
+    accepted = "ndjson" if "application/x-ndjson" in request.headers.get("Accept", "") else "sse"
+    style = FORMATS[wanted.get("format", accepted)]
+    given = next(filter(None, (request.headers.get("Last-Event-ID"), *map(wanted.get, CURSORS))), None)
     head, chosen = store.read_here(lambda q: (q.head(), q.filter(wanted)))
-    start = place_cursor(given, request.args.get("stream"), head)
+    start = place_cursor(given, wanted.get("stream"), head)
     full = broadcaster.streams >= MAX_STREAMS or broadcaster.closed
     if full:
         body: Iterable[bytes] = [b"retry: 30000\n: too many streams\n\n"] if style.ends else []
     else:
-        batches = follow(store, broadcaster, start.seq, chosen, request.args.get("poll") in ("1", "true"))
+        batches = follow(store, broadcaster, start.seq, chosen, wanted.get("poll", False))
         batches = ticks(batches, broadcaster) if "view" in wanted else batches
         body = stream_bytes(style, start, head, batches, lambda: broadcaster.closed)
         cookie = request.cookies.get(cookie_name())
@@ -3081,12 +3255,11 @@ def send_backup():
         return flask.send_file(path, "application/vnd.sqlite3", conditional=False, etag=False)
 
 
-def prune_updates():
+def prune_updates(posted: dict[str, Any]):
     """Remove old updates for a second; the caller repeats it while any are left."""
-    fields = clean(json_body(), PRUNING)
-    before = timestamp(datetime.datetime.now(datetime.UTC) - parse_age(fields["older_than"]))
-    data_only = fields.get("data_only", False)
-    if fields.get("dry_run"):
+    before = timestamp(datetime.datetime.now(datetime.UTC) - parse_age(posted["older_than"]))
+    data_only = posted.get("data_only", False)
+    if posted.get("dry_run"):
         done, left = 0, monitor().store.read(lambda q: q.expired(before, data_only))
     else:
         done, left = monitor().prune(before, data_only)
@@ -3251,9 +3424,9 @@ def download_task(style: str, reference: str):
     return download(text, f"task-{kept['task']['number']}", style)
 
 
-def download_stream():
+def download_stream(wanted: dict[str, Any]):
     """The updates that the stream page's filters want, the oldest first, one a line."""
-    wanted = query(UPDATE_QUERY, blanks=False) | {"order": "desc", "limit": FILE_ROWS, "total": False}
+    wanted |= {"order": "desc", "limit": FILE_ROWS, "total": False}
     bodies = monitor().store.read(lambda q: q.updates(q.filter(wanted), wanted)[0])
     return download("".join(f"{body}\n" for body in reversed(bodies)), "updates", "ndjson")
 
@@ -3316,28 +3489,33 @@ def static_file(name: str):
     raise Problem("not_found", f"no such file: {name[:60]!r}")
 
 
-ROUTES = (  # an answer of one expression stands here
-    ("GET", "/health", health),
+# Method, rule, handler, and the tables that check body and query for it: Route. An answer of one expression
+# stands here. What a route of the API is for, and answers, stands in templates/openapi.json.
+ROUTES = (
+    ("GET", "/health", health, None, HEALTH_QUERY),
     *kind_routes(WORKSTREAM, Queries.workstreams, WORKSTREAM_QUERY),
     *kind_routes(TASK, Queries.tasks, TASK_QUERY),
-    ("POST", "/api/updates", lambda: post_update(NEW_UPDATE)),
-    ("POST", "/api/updates/manual", lambda: post_update(MANUAL_UPDATE, source="manual")),
-    ("POST", "/api/updates/claude-hook", lambda: post_update(CLAUDE_HOOK, claude_draft)),
-    ("POST", "/api/updates/github-webhook", lambda: post_update(GITHUB_WEBHOOK, webhook_draft, MAX_WEBHOOK)),
-    ("POST", "/api/hooks/<agent>", receive_hook),
-    ("POST", "/api/webhooks/github", receive_webhook),
-    ("GET", "/api/sessions", lambda: list_all(lambda q, asked: q.of_task("session_rows", asked), OF_TASK)),
-    ("POST", "/api/sessions/move", lambda: answer(monitor().move_run(clean(json_body(), SESSION_MOVE)))),
-    ("GET", "/api/links", lambda: list_all(lambda q, asked: q.of_task("link_rows", asked), OF_TASK)),
-    ("POST", "/api/links", lambda: answer(monitor().link(clean(json_body(), LINK)), 201)),
-    ("POST", "/api/links/remove", lambda: answer(dump(monitor().unlink(clean(json_body(), LINK_NAME))))),
-    ("GET", "/api/updates", list_updates),
-    ("GET", "/api/updates/<seq>", lambda seq: answer(monitor().store.read_here(lambda q: q.update(seq)))),
-    ("POST", "/api/updates/<seq>/redact", lambda seq: answer(monitor().redact_update(seq))),
-    ("GET", "/api/stream", stream),
+    ("POST", "/api/updates", post_update, NEW_UPDATE),
+    ("POST", "/api/updates/manual", lambda posted: post_update(posted | {"source": "manual"}), MANUAL_UPDATE),
+    ("POST", "/api/updates/claude-hook", post_claude, CLAUDE_HOOK),
+    ("POST", "/api/updates/github-webhook", post_webhook, GITHUB_WEBHOOK, None, MAX_WEBHOOK),
+    ("POST", "/api/hooks/<agent>", receive_hook, None, HOOK_QUERY, MAX_WEBHOOK),
+    ("POST", "/api/hooks/spooled", receive_spooled, None, None, MAX_WEBHOOK),
+    ("POST", "/api/webhooks/github", receive_webhook, None, OF_TASK, MAX_WEBHOOK),
+    ("GET", "/api/sessions", lambda wanted: list_of_task("session_rows", wanted), None, OF_TASK),
+    ("POST", "/api/sessions/move", lambda posted: answer(monitor().move_run(posted)), SESSION_MOVE),
+    ("GET", "/api/links", lambda wanted: list_of_task("link_rows", wanted), None, OF_TASK),
+    ("POST", "/api/links", lambda posted: answer(monitor().link(posted), 201), LINK),
+    ("POST", "/api/links/remove", lambda posted: answer(dump(monitor().unlink(posted))), LINK_NAME),
+    ("GET", "/api/updates", list_updates, None, UPDATE_QUERY),
+    ("GET", "/api/updates/<seq:seq>", lambda seq: answer(monitor().store.read_here(lambda q: q.update(seq)))),
+    ("POST", "/api/updates/<seq:seq>/redact", lambda seq: answer(monitor().redact_update(seq))),
+    ("GET", "/api/stream", stream, None, STREAM_QUERY),
     ("GET", "/api/admin/backup", send_backup),
     ("GET", "/api/admin/check", lambda: answer(dump({"problems": monitor().store.read(Queries.check)}))),
-    ("POST", "/api/admin/prune", prune_updates),
+    ("POST", "/api/admin/prune", prune_updates, PRUNING),
+    ("GET", "/openapi.json", lambda: answer(dump(api_document()))),
+    ("GET", "/docs", lambda: page("docs.html", api=api_document(), asking=monitor().store.read(asking))),
     ("GET", "/login", lambda: page("login.html", next=local_path(flask.request.args.get("next")))),
     ("POST", "/login", log_in),
     ("POST", "/logout", log_out),
@@ -3347,12 +3525,12 @@ ROUTES = (  # an answer of one expression stands here
     ("GET", "/tasks/<reference>.md", lambda reference: download_task("md", reference)),
     ("GET", "/tasks/<reference>.json", lambda reference: download_task("json", reference)),
     ("GET", "/stream", lambda: show_page("stream.html", whole_thread, THREAD_FILTER)),
-    ("GET", "/stream.ndjson", download_stream),
+    ("GET", "/stream.ndjson", download_stream, None, FILE_QUERY),
     ("GET", "/needs", lambda: show_page("needs.html", lambda q, wanted: {}, "")),
     ("GET", "/palette", lambda: show_page("palette.html", palette, "")),
     ("POST", "/workstreams", lambda: take_form("/dashboard", WORKSTREAM)),
     ("POST", "/tasks", lambda: take_form("/tasks/{id}", TASK)),
-    ("POST", "/tasks/<reference>", lambda **named: take_form("/tasks/{id}", TASK, **named)),
+    ("POST", "/tasks/<page:reference>", lambda **named: take_form("/tasks/{id}", TASK, **named)),
     ("POST", "/tasks/<reference>/updates", add_update_form),
     ("POST", "/tasks/<reference>/runs", move_run_form),
     ("POST", "/tasks/<reference>/links", link_form),
@@ -3428,16 +3606,20 @@ def age(moment: str) -> str:
 def create_app(config: Config | None = None):
     """Make the Flask app. It opens no database: `flask --app monitor` runs this for every command."""
     import jinja2
+    from werkzeug.routing import BaseConverter
 
     app = flask.Flask("monitor", static_folder=None, template_folder=None)
+    kinds = {"seq": "[0-9]{1,18}", "page": r"[^/]+(?<!\.md)(?<!\.json)"}  # else Allow tells of other paths
+    app.url_map.converters |= {k: type(k, (BaseConverter,), {"regex": regex}) for k, regex in kinds.items()}
     app.jinja_loader = jinja2.FunctionLoader(lambda name: asset("templates", name).decode())
     app.jinja_env.filters |= {"age": age, "folded": folded, "marked": marked}
     app.extensions["monitor"] = Monitor(config or Config.load())
     app.before_request(guard)
     app.before_request(read_path)
     app.after_request(finish)
-    for method, rule, handler in ROUTES:
-        app.add_url_rule(rule, f"{method} {rule}".replace(".", " "), handler, methods=[method])
+    for route in itertools.starmap(Route, ROUTES):
+        name = f"{route.method} {route.rule}".replace(".", " ")
+        app.add_url_rule(route.rule, name, functools.partial(respond, route), methods=[route.method])
     app.register_error_handler(Exception, show_error)
     for name, command in cli.commands.items():
         if name not in ("run", "shell", "routes"):
