@@ -394,9 +394,14 @@ def read_number(value: str, schema: dict[str, Any]) -> int:
 
 def read_time(value: str, schema: dict[str, Any]) -> str:
     """An RFC 3339 time in a query (UTC where it names no zone), normalised to sort as text."""
-    with contextlib.suppress(ValueError, OverflowError):
-        moment = datetime.datetime.fromisoformat(value)
-        return timestamp(moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC))
+    with contextlib.suppress(ValueError):
+        moment = datetime.datetime.fromisoformat(
+            re.sub(r"(?<=\d:\d\d):60", ":59", value.upper())
+        )  # a leap second
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
+        with contextlib.suppress(OverflowError):
+            return timestamp(moment)
+        return timestamp(moment.replace(tzinfo=datetime.UTC))  # at the end of time a day matters to nobody
     raise ValueError("be a time such as 2026-01-31T09:30:00Z")
 
 
@@ -2683,7 +2688,9 @@ def route(t: Transaction, subject: Subject, named: str | None) -> tuple[sqlite3.
     fits = (each for each in itertools.chain(keyed, linked) if each[1] is not None)
     how, task = next(fits, ("inbox", None))
     if named:
-        how, task = "task_id", t.one(TASK, FIELDS["task_id"].check(named, "task_id"))
+        with contextlib.suppress(Problem):  # what can name nothing is not found, as in a path
+            named = FIELDS["task_id"].check(named, "task_id")
+        how, task = "task_id", t.one(TASK, named)
     closing = {row["task"] for _, row in found if row["close_on_merge"]}
     return task, how, task is not None and task["number"] in closing
 
@@ -2915,7 +2922,8 @@ def text_schema(schema: dict[str, Any]) -> dict[str, Any]:
     """What read_text takes: no NUL and, where it must have a length, more than blanks. Python and ECMAScript
     do not agree on what is one."""
     some = r"(?:[^\x00\s\x1c-\x1f\x85]|\ufeff)[^\x00]*" if schema.get("minLength") else ""
-    return {"pattern": rf"^[^\x00]*{some}$"} | schema
+    kept = {name: value for name, value in schema.items() if name != "x-forms"}
+    return {"pattern": rf"^[^\x00]*{some}$"} | kept
 
 
 SCHEMA_OF = {  # by the kind of a field: what its reader takes, as JSON Schema
@@ -2950,11 +2958,9 @@ def body_schema(table: Fields) -> dict[str, Any]:
         "additionalProperties": component("Any"),
         "propertyNames": text_schema({}),
     }
-    if "link" in table:  # what a value looks like depends on what it is of
-        forms = found["properties"]["value"].pop("x-forms").items()
-        pairs = [{"link": {"const": kind}, "value": {"pattern": form}} for kind, form in forms]
-        found["anyOf"] = [{"properties": pair} for pair in pairs]
-    return found
+    forms = [pair for field in table.values() for pair in field.schema.get("x-forms", {}).items()]
+    pairs = [{"link": {"const": kind}, "value": {"pattern": form}} for kind, form in forms]
+    return found | ({"anyOf": [{"properties": pair} for pair in pairs]} if pairs else {})
 
 
 def parameter(place: str, name: str, field: Field) -> dict[str, Any]:
@@ -3019,6 +3025,7 @@ def openapi(routes: Iterable[Route], config: Config, cookie: str) -> dict[str, A
         codes = [code for code in STATUS_OF if STATUS_OF[code] == status]
         error = component("Error") | {"properties": {"error": {"enum": codes}}}
         parts["responses"][f"Problem{status}"] = {
+            "x-status": status,
             "description": " ".join(f"`{code}`: {about['errors'][code]}" for code in codes),
             "content": {"application/json": {"schema": error}},
         }

@@ -196,3 +196,20 @@ def fresh(tmp_path):
 def task(server):
     """A task of its own on the shared server."""
     return server.new_task()
+
+
+@pytest.fixture
+def answers_conform(monkeypatch):
+    """Every answer that the test gets is one that the OpenAPI document tells of."""
+    from contract import complaints
+
+    ask = Server.ask
+
+    def judged(server: Server, method: str, path: str, body=None, **options) -> requests.Response:
+        response = ask(server, method, path, body, **options)
+        if method not in ("HEAD", "OPTIONS") and not options.get("stream"):
+            found = complaints(method, path, response)
+            assert found == [], f"{method} {path}, {response.status_code}: {response.text[:500]}"
+        return response
+
+    monkeypatch.setattr(Server, "ask", judged)
