@@ -395,9 +395,8 @@ def read_number(value: str, schema: dict[str, Any]) -> int:
 def read_time(value: str, schema: dict[str, Any]) -> str:
     """An RFC 3339 time in a query (UTC where it names no zone), normalised to sort as text."""
     with contextlib.suppress(ValueError):
-        moment = datetime.datetime.fromisoformat(
-            re.sub(r"(?<=\d:\d\d):60", ":59", value.upper())
-        )  # a leap second
+        text = re.sub(r"(?<=:\d\d):60", ":59", value.upper())  # a leap second
+        moment = datetime.datetime.fromisoformat(text)
         moment = moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
         with contextlib.suppress(OverflowError):
             return timestamp(moment)
@@ -470,7 +469,6 @@ FILE_QUERY = STREAM_FILTER | fields("q after_seq before_seq since until")
 UPDATE_QUERY = FILE_QUERY | fields("order limit total")
 CURSORS = {"lastEventId": FIELDS["cursor"], "last_event_id": FIELDS["cursor"], "after_seq": FIELDS["cursor"]}
 STREAM_QUERY = STREAM_FILTER | fields("view format poll stream") | CURSORS
-HEALTH_QUERY = fields("full")
 HOOK_QUERY = fields("event") | {"task_id": FIELDS["named_task"]}
 PATH = {"reference": FIELDS["task_id"], "seq": FIELDS["seq"]}
 PATH["agent"] = Field("choice", {"enum": [*AGENTS]}, "The agent.")
@@ -1399,6 +1397,9 @@ class Queries:
         found = [{n: v for n, v in dict(row).items() if n != "task" and v is not None} for row in rows]
         flags = ("learnt", "close_on_merge")
         return [row | {name: True for name in flags if name in row} for row in found]
+
+    sessions = functools.partialmethod(of_task, "session_rows")
+    links = functools.partialmethod(of_task, "link_rows")
 
     def waiting(self, run: sqlite3.Row) -> list[sqlite3.Row]:
         """What a run and its subagents wait for."""
@@ -2653,18 +2654,14 @@ def note_run(t, run, facts, draft, place, moment, seq) -> None:
     t.save_session(dict(run) | changes)
 
 
-LINK_FORMS = dict.fromkeys(("pr", "issue", "commit"), "a number or a whole SHA, as 12 or owner/name#12") | {
-    "folder": "the absolute path of a folder", "branch": "a branch", "repo": "owner/name",
-}  # fmt: skip
-
-
 def link_name(fields: dict[str, Any]) -> dict[str, Any]:
     """A link as events name it: the path of a folder absolute, without a slash at its end; the repository
     apart, where it is said with the value: owner/name#12, or a page's address."""
-    kind, value, form = fields["link"], fields["value"], FIELDS["value"].schema["x-forms"]
-    said = re.search(form[kind], value)
+    kind, value = fields["link"], fields["value"]
+    form, sentence = FIELDS["value"].schema["x-forms"][kind]
+    said = re.search(form, value)
     if not said:
-        raise invalid(f"value must be {LINK_FORMS[kind]}", "value")
+        raise invalid(f"value must be {sentence}", "value")
     if kind in ("pr", "issue", "commit"):
         repository, *named = said.groups()
         fields |= {"repository": repository} if repository else {}
@@ -2886,9 +2883,8 @@ def guard():
 # schema: the routes as an OpenAPI document, made from the tables that check what they are given
 # ======================================================================================================
 
-# What no field table knows stands in templates/openapi.json: what a route is for and what it answers with,
-# the headers it reads, the bodies that are no JSON object of fields. Pages are not described: they are for
-# people, and change with what they show.
+# What no table knows stands in templates/openapi.json, by route, as OpenAPI has it: what it is for, answers,
+# headers, a body that is no JSON object of fields. Pages are not described: they are for people, and change.
 
 
 class Route(NamedTuple):
@@ -2901,21 +2897,10 @@ class Route(NamedTuple):
     query: Fields | None = None
     limit: int = MAX_BODY  # of its body, in bytes
 
-    @property
-    def fields(self) -> Fields:
-        """All that its path, query and body name."""
-        named = {name: PATH[name] for name in re.findall("([a-z]+)>", self.rule)}
-        return named | (self.query or {}) | (self.body or {})
-
 
 def component(name: str, kind: str = "schemas") -> dict[str, str]:
     """A reference to a part of the document that has a name."""
     return {"$ref": f"#/components/{kind}/{name}"}
-
-
-def typed(shape: str | dict[str, Any]) -> dict[str, Any]:
-    """The content of an answer: a schema, or the name of one."""
-    return {"schema": component(shape) if isinstance(shape, str) else shape}
 
 
 def text_schema(schema: dict[str, Any]) -> dict[str, Any]:
@@ -2929,19 +2914,17 @@ def text_schema(schema: dict[str, Any]) -> dict[str, Any]:
 SCHEMA_OF = {  # by the kind of a field: what its reader takes, as JSON Schema
     "any": lambda schema: schema if schema.get("type") == "string" else component("Any") | schema,
     "choice": lambda schema: {"type": "string"} | schema,
-    "flag": dict,
     "number": lambda schema: {"type": "integer"} if schema["minimum"] else schema,  # clamped, not refused
     "reference": lambda schema: schema | {"pattern": f"^(?:{RUN_REFERENCE}|{REFERENCE})$"},
     "tags": lambda schema: schema | {"items": text_schema(schema["items"])},
     "text": text_schema,
-    "time": dict,
     "words": lambda schema: {"type": "array", "items": {"enum": schema["x-words"]}, "minItems": 1},
 }
 
 
 def property_schema(field: Field) -> dict[str, Any]:
     """A field of a JSON body: null is as good as absent."""
-    schema = SCHEMA_OF[field.kind](field.schema) | {"description": field.text}
+    schema = SCHEMA_OF.get(field.kind, dict)(field.schema) | {"description": field.text}
     if field.required:
         return schema if "type" in schema else schema | {"not": {"type": "null"}}
     nullable = {"type": [schema["type"], "null"]} if "type" in schema else {}
@@ -2949,8 +2932,7 @@ def property_schema(field: Field) -> dict[str, Any]:
 
 
 def body_schema(table: Fields) -> dict[str, Any]:
-    """The JSON object that a field table takes. Fields that it does not know are ignored, if they are JSON
-    that could be kept."""
+    """The JSON object that a table takes. What it does not know is ignored, if it could be kept."""
     found = {
         "type": "object",
         "properties": {name: property_schema(field) for name, field in table.items()},
@@ -2959,70 +2941,54 @@ def body_schema(table: Fields) -> dict[str, Any]:
         "propertyNames": text_schema({}),
     }
     forms = [pair for field in table.values() for pair in field.schema.get("x-forms", {}).items()]
-    pairs = [{"link": {"const": kind}, "value": {"pattern": form}} for kind, form in forms]
+    pairs = [{"link": {"const": kind}, "value": {"pattern": form}} for kind, (form, _) in forms]
     return found | ({"anyOf": [{"properties": pair} for pair in pairs]} if pairs else {})
 
 
 def parameter(place: str, name: str, field: Field) -> dict[str, Any]:
     """A field of a path or query."""
-    found = {"name": "id" if name == "reference" else name, "in": place, "description": field.text}
-    found |= {"required": place == "path", "schema": SCHEMA_OF[field.kind](field.schema)}
+    found = {"name": name.replace("reference", "id"), "in": place, "description": field.text}
+    found |= {"required": place == "path", "schema": SCHEMA_OF.get(field.kind, dict)(field.schema)}
     return found | ({"style": "form", "explode": False} if field.kind == "words" else {})
 
 
-def possible_errors(route: Route, row: dict[str, Any], codes_of: dict[str, str]) -> dict[str, Any]:
-    """The responses of a route that say no, by status."""
-    kinds = {field.kind for field in route.fields.values()}
-    traits = {"body": route.body or "takes" in row, "fields": route.body, "path": "<" in route.rule}
-    traits |= {"reference": "reference" in kinds, "body reference": route.body and "reference" in kinds}
-    traits |= {"key": "Idempotency-Key" in row.get("headers", ""), "every": True}
-    names = " ".join([row.get("errors", ""), *(codes for trait, codes in codes_of.items() if traits[trait])])
-    statuses = sorted({STATUS_OF[name] for name in names.split()})
-    return {str(status): component(f"Problem{status}", "responses") for status in statuses}
-
-
 def operation(route: Route, row: dict[str, Any], about: dict[str, Any], config: Config) -> dict[str, Any]:
-    """One route of the API."""
-    placed = [("path", name) for name in PATH if f"{name}>" in route.rule]
-    placed += [("query", name) for name in route.query or {}]
-    parameters = [parameter(place, name, route.fields[name]) for place, name in placed]
-    parameters += [component(name, "parameters") for name in row.get("headers", "").split()]
+    """One route of the API: its row in the file, and what its tables and the settings add."""
+    placed = [("path", name, PATH[name]) for name in PATH if f"{name}>" in route.rule]
+    placed += [("query", *each) for each in (route.query or {}).items()]
+    row["operationId"] = re.sub(r"\W+", "_", route.method.lower() + route.rule).strip("_")
+    row["parameters"] = [parameter(*each) for each in placed] + row.get("parameters", [])
     open_to_all = [] if token_needed(config, route.method, route.rule) else [{}]
-    found = {"operationId": re.sub(r"\W+", "_", route.method.lower() + route.rule).strip("_")}
-    found |= {name: row[name] for name in ("summary", "description", "x-query") if name in row}
-    found |= {"tags": [row["tag"]], "parameters": parameters}
-    found |= {"security": [*open_to_all, {"bearer": []}, {"cookie": []}]}
-    takes = row.get("takes", {})
-    if route.body is not None:
-        names = [name for name, field in route.body.items() if field.required] or [*route.body][:1]
-        example = row.get("example") or {name: about["examples"][name] for name in names}
-        takes = {"application/json": {"schema": body_schema(route.body), "example": example}}
-    if takes:
-        text = f"At most {route.limit // 1024**2} MiB."
-        found["requestBody"] = {"description": text, "required": True, "content": takes}
-    answers = {
-        status: {"description": text, "content": {media: typed(shape) for media, shape in shapes.items()}}
-        for status, (text, shapes) in row["answers"].items()
-    }
-    return found | {"responses": answers | possible_errors(route, row, about["errors_of"])}
+    row["security"] = [*open_to_all, {"bearer": []}, {"cookie": []}]
+    table = route.body or {}
+    if table:
+        names = [name for name, field in table.items() if field.required] or [*table][:1]
+        example = row.pop("x-example", None) or {name: about["examples"][name] for name in names}
+        content = {"application/json": {"schema": body_schema(table), "example": example}}
+        row["requestBody"] = {"required": True, "content": content}
+    if "requestBody" in row:
+        row["requestBody"]["description"] = f"At most {route.limit // 1024**2} MiB."
+    named = "reference" in [field.kind for field in (*table.values(), *(field for *_, field in placed))]
+    errors = [400, 401, 403, 500, 503] + [408, 413] * ("requestBody" in row) + [415] * bool(table)
+    errors += [404] * ("<" in route.rule or bool(named and table)) + [409] * named
+    row["responses"] |= {str(code): component(f"Problem{code}", "responses") for code in sorted(errors)}
+    return row
 
 
 def openapi(routes: Iterable[Route], config: Config, cookie: str) -> dict[str, Any]:
     """The OpenAPI document of this server: its settings say where a token is needed."""
     about = json.loads(asset("templates", "openapi.json"))
-    found = about["document"]
-    found["info"]["version"], parts = __version__, found["components"]
+    found, parts = about["document"], about["document"]["components"]
+    found["info"]["version"] = __version__
     found["x-limits"] = {"body": MAX_BODY, "webhook": MAX_WEBHOOK, "depth": MAX_DEPTH, "integer": MAX_INTEGER}
     parts["securitySchemes"]["cookie"]["name"] = cookie
     parts["schemas"]["Error"]["properties"]["error"]["enum"] = [*STATUS_OF]
     for route in routes:
-        row = about["routes"].get(f"{route.method} {route.rule}")
-        if row:
+        if row := about["routes"].get(f"{route.method} {route.rule}"):
             path = re.sub("<([a-z]+:)?([a-z]+)>", r"{\2}", route.rule).replace("{reference}", "{id}")
             found["paths"].setdefault(path, {})[route.method.lower()] = operation(route, row, about, config)
-    parts["responses"] = {}
-    for status in sorted({*STATUS_OF.values()}):
-        codes = [code for code in STATUS_OF if STATUS_OF[code] == status]
+    for status, same in itertools.groupby(STATUS_OF, STATUS_OF.get):
+        codes = [*same]
         error = component("Error") | {"properties": {"error": {"enum": codes}}}
         parts["responses"][f"Problem{status}"] = {
             "x-status": status,
@@ -3132,19 +3098,9 @@ def list_all(read: Reading, wanted: dict[str, Any]):
     return items([dump(each) for each in found], len(found))
 
 
-def list_of_task(view: str, wanted: dict[str, Any]):
-    """The objects of a view (session_rows, link_rows), of one task where one is named."""
-    return list_all(lambda q, asked: q.of_task(view, asked), wanted)
-
-
 def show_one(kind: Kind, reference: str):
     """One workstream or task."""
     return answer(monitor().store.read_here(lambda q: dump(kind.make(q.one(kind, reference)))))
-
-
-def change_one(kind: Kind, reference: str, posted: dict[str, Any]):
-    """One workstream or task, changed."""
-    return answer(monitor().change(kind, reference, posted))
 
 
 def kind_routes(kind: Kind, read: Reading, asked: Fields):
@@ -3154,7 +3110,12 @@ def kind_routes(kind: Kind, read: Reading, asked: Fields):
         ("POST", place, lambda posted: answer(monitor().create(kind, posted), 201), kind.new),
         ("GET", place, lambda wanted: list_all(read, wanted), None, asked),
         ("GET", one, lambda reference: show_one(kind, reference)),
-        ("PATCH", one, lambda reference, posted: change_one(kind, reference, posted), kind.changes),
+        (
+            "PATCH",
+            one,
+            lambda posted, **one: answer(monitor().change(kind, payload=posted, **one)),
+            kind.changes,
+        ),
     )
 
 
@@ -3402,7 +3363,7 @@ def one_task(q: Queries, wanted: dict[str, Any], reference: str) -> dict[str, An
     workstream = WORKSTREAM.make(q.one(WORKSTREAM, row["workstream_id"]))
     found = {"task": TASK.make(row), "workstream": workstream, "workstreams": q.workstreams({})}
     of_task = {"task_id": row["id"]}
-    found |= {"runs": q.of_task("session_rows", of_task), "links": q.of_task("link_rows", of_task)}
+    found |= {"runs": q.sessions(of_task), "links": q.links(of_task)}
     total = q.updates(Filter(task=row["number"]), {"limit": 1})[1]
     return found | {"total": total} | thread(q, chosen, wanted)
 
@@ -3499,7 +3460,7 @@ def static_file(name: str):
 # Method, rule, handler, and the tables that check body and query for it: Route. An answer of one expression
 # stands here. What a route of the API is for, and answers, stands in templates/openapi.json.
 ROUTES = (
-    ("GET", "/health", health, None, HEALTH_QUERY),
+    ("GET", "/health", health, None, fields("full")),
     *kind_routes(WORKSTREAM, Queries.workstreams, WORKSTREAM_QUERY),
     *kind_routes(TASK, Queries.tasks, TASK_QUERY),
     ("POST", "/api/updates", post_update, NEW_UPDATE),
@@ -3509,9 +3470,9 @@ ROUTES = (
     ("POST", "/api/hooks/<agent>", receive_hook, None, HOOK_QUERY, MAX_WEBHOOK),
     ("POST", "/api/hooks/spooled", receive_spooled, None, None, MAX_WEBHOOK),
     ("POST", "/api/webhooks/github", receive_webhook, None, OF_TASK, MAX_WEBHOOK),
-    ("GET", "/api/sessions", lambda wanted: list_of_task("session_rows", wanted), None, OF_TASK),
+    ("GET", "/api/sessions", lambda wanted: list_all(Queries.sessions, wanted), None, OF_TASK),
     ("POST", "/api/sessions/move", lambda posted: answer(monitor().move_run(posted)), SESSION_MOVE),
-    ("GET", "/api/links", lambda wanted: list_of_task("link_rows", wanted), None, OF_TASK),
+    ("GET", "/api/links", lambda wanted: list_all(Queries.links, wanted), None, OF_TASK),
     ("POST", "/api/links", lambda posted: answer(monitor().link(posted), 201), LINK),
     ("POST", "/api/links/remove", lambda posted: answer(dump(monitor().unlink(posted))), LINK_NAME),
     ("GET", "/api/updates", list_updates, None, UPDATE_QUERY),

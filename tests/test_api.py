@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire import NOWHERE, exchange, head, nothing_stored, refused, request_bytes, words
 
+pytestmark = pytest.mark.usefixtures("answers_conform")
+
 ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+(Z|\+00:00)")
 ANY_JSON = [{"a": [1, None, {"b": True}]}, [], [1, "two"], "text", "", 0, -1.5, False, "é\u2028😀"]

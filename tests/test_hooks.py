@@ -23,6 +23,8 @@ from rig import Browser
 
 import monitor
 
+pytestmark = pytest.mark.usefixtures("answers_conform")
+
 PAYLOADS = ROOT / "tests" / "payloads"
 FILES = [(agent, path) for agent in monitor.AGENTS for path in sorted((PAYLOADS / agent).glob("*.json"))]
 RUNS = {  # what attention the task shows after each event of a recorded run

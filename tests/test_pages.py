@@ -845,6 +845,7 @@ def every_page(server, story):
         "/dashboard?q=nothing_like_it": 200,
         page_of(story["task"]) + "?tag=api&around=" + str(story["update"]["seq"]): 200,
         "/login": 200,
+        "/docs": 200,
     }
     return {path: look(server, path, status) for path, status in (paths | {"/nothing": 404}).items()}
 

@@ -21,6 +21,8 @@ from rig import Browser, on
 
 import monitor
 
+pytestmark = pytest.mark.usefixtures("answers_conform")
+
 CASES = {
     path.stem: json.loads(path.read_text())
     for path in sorted((ROOT / "tests" / "payloads" / "github").glob("*.json"))
