@@ -2869,6 +2869,8 @@ def guard():
         raise Problem("forbidden", "this server does not answer to that host name; see MONITOR_ALLOWED_HOSTS")
     if foreign_site(request.environ, host, request.method in SAFE_METHODS):
         raise Problem("forbidden", "requests from another web site are refused")
+    if UNSTORABLE.search(request.query_string.decode("utf-8", "surrogateescape")):
+        raise invalid("the query is not UTF-8 text")  # Werkzeug decodes it without asking
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     bearer = token.strip().encode("latin-1", "replace") if scheme.lower() == "bearer" else b""
     needed = token_needed(config, request.method, request.path, request.args.get("full"))

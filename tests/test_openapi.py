@@ -20,7 +20,7 @@ from contract import Validator, complaints, document, failures
 from hypothesis import given
 from hypothesis import strategies as st
 from test_pages import BROWSER, Page
-from wire import Reply, words
+from wire import Reply, exchange, refused, request_bytes, words
 
 import monitor
 from monitor import FIELDS, STATUS_OF, Problem, QueryText, Route
@@ -547,6 +547,66 @@ def prepare(server) -> None:
         server.new_task(workstream=first["workstream_id"])
     while server.say(first, "an update")["seq"] < 42:
         pass
+
+
+# ------------------------------------------------------------------------------------------------------
+# what schemathesis found, and what it does not reach
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path", ["/health", "/api/tasks", "/api/hooks/claude", "/nope", "/dashboard", "/docs"]
+)
+def test_a_query_that_is_no_utf_8_is_refused(server, path):
+    for method in ("GET", "POST"):
+        asked = exchange(server, request_bytes(server, method, path + "?\xff=\xfe"))
+        refused(asked, 400, "invalid_input")
+    page = exchange(server, request_bytes(server, "GET", path + "?q=\xff", Accept="text/html"))
+    assert page.status == 400
+    assert exchange(server, request_bytes(server, "GET", "/api/tasks?q=\xc3\xa9")).status == 200
+
+
+@pytest.mark.parametrize("name", ["manual", "claude-hook", "github-webhook"])
+def test_a_name_is_not_taken_for_a_number(server, name):
+    path = f"/api/updates/{name}"
+    asked = server.ask("GET", path)
+    refused(asked, 405, "method_not_allowed")
+    for answer in (asked, server.ask("OPTIONS", path)):
+        assert set(answer.headers["Allow"].split(", ")) == {"OPTIONS", "POST"}
+
+
+@pytest.mark.parametrize("path", ["/tasks/1.json", "/tasks/1.md"])
+def test_a_file_is_only_read(server, path):
+    allowed = server.ask("OPTIONS", path).headers["Allow"]
+    assert set(words(allowed.replace(",", " "))) == {"GET", "HEAD", "OPTIONS"}
+    refused(server.ask("POST", path, {}), 405, "method_not_allowed")
+
+
+@pytest.mark.parametrize("seq", ["9" * 18, "9" * 19, "9" * 5000, "0", "-1", "1.0", "\u0661", "0x1", "1e1"])
+def test_a_number_that_no_update_has_is_not_found(server, seq):
+    refused(server.ask("GET", f"/api/updates/{seq}"), 404, "not_found")
+    refused(server.ask("POST", f"/api/updates/{seq}/redact"), 404, "not_found")
+
+
+@pytest.mark.parametrize(
+    "since", ["0001-01-01T00:00:00+14:00", "2016-12-31T23:59:60Z", "2016-12-31t23:59:59z"]
+)
+def test_every_time_of_rfc_3339_is_one(server, task, since):
+    said = server.say(task, "later")
+    assert server.get("/api/updates", task_id=task["id"], since=since)["items"] == [said]
+    refused(server.ask("GET", "/api/updates?since=2016-12-31T23:60:00Z"), 400, "invalid_input", "since")
+
+
+@pytest.mark.parametrize("query", ["poll=yes", "poll=", "format=xml", "format=", "view=all"])
+def test_a_stream_refuses_what_it_does_not_know(server, query):
+    refused(server.ask("GET", f"/api/stream?{query}&poll=1"), 400, "invalid_input", query.partition("=")[0])
+
+
+def test_a_webhook_for_a_task_that_cannot_be_is_not_found(server):
+    for named in ("CsTe'{A?9", "999999", "a:b:c", "\xe9"):
+        headers = {"X-Monitor-Task": named.encode("latin-1"), "X-GitHub-Event": "push"}
+        refused(server.ask("POST", "/api/webhooks/github", {}, headers=headers), 404, "not_found")
+    refused(server.ask("POST", "/api/webhooks/github?task_id=a?9", {}), 400, "invalid_input", "task_id")
 
 
 # ------------------------------------------------------------------------------------------------------
