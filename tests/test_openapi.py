@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import html
 import importlib.util
 import json
@@ -614,22 +615,20 @@ def test_a_webhook_for_a_task_that_cannot_be_is_not_found(server):
 # ------------------------------------------------------------------------------------------------------
 
 
+STRICT = {"MONITOR_AUTH_MODE": "strict", "MONITOR_API_TOKENS": "a-token"}
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("schemathesis") is None and not REQUIRED,
     reason="schemathesis is not installed: it comes with .[dev]",
 )
 @pytest.mark.parametrize(
-    ("settings", "options"),
-    [
-        ({}, ["--phases", "examples,coverage,fuzzing", "--max-examples", "6"]),
-        (
-            {"MONITOR_AUTH_MODE": "strict", "MONITOR_API_TOKENS": "a-token"},
-            ["--phases", "examples,fuzzing", "--max-examples", "2", "-H", "Authorization: Bearer a-token"],
-        ),
-    ],
-    ids=["open", "strict"],
+    ("settings", "phases", "most"),
+    [({}, "examples,coverage", 1), ({}, "fuzzing,stateful", 6), (STRICT, "examples,fuzzing", 2)],
+    ids=["coverage", "fuzzing", "strict"],
 )
-def test_schemathesis_finds_nothing(fresh, settings, options, tmp_path):
+def test_schemathesis_finds_nothing(fresh, tmp_path, settings, phases, most):
+    faulthandler.cancel_dump_traceback_later()  # it may take longer than a test: its own time-out ends it
     server = fresh(**settings)
     server.session.headers["Authorization"] = "Bearer a-token"
     prepare(server)
@@ -638,19 +637,12 @@ def test_schemathesis_finds_nothing(fresh, settings, options, tmp_path):
         "-m",
         "schemathesis.cli",
         "run",
-        server.url + "/openapi.json",
+        f"{server.url}/openapi.json",
         "--checks",
         "all",
     ]
-    command += [
-        "--seed",
-        "1",
-        "--generation-database",
-        "none",
-        "--no-color",
-        "--continue-on-failure",
-        *options,
-    ]
+    command += ["--phases", phases, "--max-examples", str(most), "--seed", "1", "--continue-on-failure"]
+    command += ["--generation-database", "none", "--no-color", "--header", "Authorization: Bearer a-token"]
     environment = os.environ | {"SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": str(ROOT / "tests")}
     ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
