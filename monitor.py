@@ -2905,12 +2905,13 @@ def component(name: str, kind: str = "schemas") -> dict[str, str]:
     return {"$ref": f"#/components/{kind}/{name}"}
 
 
+# A text without NUL; one of more than blanks, on which Python and ECMAScript do not agree.
+TEXTS = (r"^[^\x00]*$", r"^[^\x00]*(?:[^\x00\s\x1c-\x1f\x85]|\ufeff)[^\x00]*$")
+
+
 def text_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    """What read_text takes: no NUL and, where it must have a length, more than blanks. Python and ECMAScript
-    do not agree on what is one."""
-    some = r"(?:[^\x00\s\x1c-\x1f\x85]|\ufeff)[^\x00]*" if schema.get("minLength") else ""
-    kept = {name: value for name, value in schema.items() if name != "x-forms"}
-    return {"pattern": rf"^[^\x00]*{some}$"} | kept
+    """What read_text takes."""
+    return {"pattern": TEXTS["minLength" in schema]} | schema
 
 
 SCHEMA_OF = {  # by the kind of a field: what its reader takes, as JSON Schema
@@ -2989,14 +2990,11 @@ def openapi(routes: Iterable[Route], config: Config, cookie: str) -> dict[str, A
         if row := about["routes"].get(f"{route.method} {route.rule}"):
             path = re.sub("<([a-z]+:)?([a-z]+)>", r"{\2}", route.rule).replace("{reference}", "{id}")
             found["paths"].setdefault(path, {})[route.method.lower()] = operation(route, row, about, config)
-    for status, same in itertools.groupby(STATUS_OF, STATUS_OF.get):
-        codes = [*same]
-        error = component("Error") | {"properties": {"error": {"enum": codes}}}
-        parts["responses"][f"Problem{status}"] = {
-            "x-status": status,
-            "description": " ".join(f"`{code}`: {about['errors'][code]}" for code in codes),
-            "content": {"application/json": {"schema": error}},
-        }
+    for status, codes in itertools.groupby(STATUS_OF, STATUS_OF.get):
+        told = {code: f"`{code}`: {about['errors'][code]}" for code in codes}
+        error = {"schema": component("Error") | {"properties": {"error": {"enum": [*told]}}}}
+        problem = {"description": " ".join(told.values()), "content": {"application/json": error}}
+        parts["responses"][f"Problem{status}"] = problem
     return found
 
 
