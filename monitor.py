@@ -3113,7 +3113,7 @@ def kind_routes(kind: Kind, read: Reading, asked: Fields):
         (
             "PATCH",
             one,
-            lambda posted, **one: answer(monitor().change(kind, payload=posted, **one)),
+            lambda reference, posted: answer(monitor().change(kind, reference, posted)),
             kind.changes,
         ),
     )
