@@ -374,8 +374,8 @@ def test_the_schema_of_a_link_takes_what_link_name_takes(link):
 
 
 IN_QUERIES = {name: field for route in ROUTES.values() for name, field in (route.query or {}).items()}
-TIMES = ["2026-01-31T09:30:00Z", "2026-01-31T09:30:00.123456+02:00", "0001-01-01T00:00:00+14:00"]
-TIMES += ["9999-12-31T23:59:59.999999-14:00", "2016-12-31T23:59:60Z", "2026-01-31t09:30:00z"]
+TIMES = ["2026-01-31T09:30:00Z", "2026-01-31T09:30:00.123456+02:00", "9999-12-31T23:59:59.999999Z"]
+TIMES += ["0001-01-01T00:00:00Z", "2016-12-31T23:59:60Z", "2026-01-31t09:30:00z"]
 GOOD_IN_QUERIES = {
     "boolean": ["true", "false"],
     "integer": ["0", "1", "200", "10000000000"],
