@@ -22,8 +22,9 @@ The file, top to bottom (each section has a banner of its own):
     stream       the ring of newest frames, the wake-up, follow(): a subscriber is a cursor into the log
     monitor      the operations: everything that API, pages and commands do
     guard        who may ask: Host, Origin, bearer token
-    web          API routes, stream, pages, create_app()
-    mcp          the same for agents: the Model Context Protocol, and its tools
+    web          the API's handlers, stream, pages
+    mcp          for agents: the Model Context Protocol and its tools, what to know at the start
+    app          all routes, errors, what every answer has, create_app()
     server       the WSGI server with limits and time-outs, gevent first, threads without it
     hooks        agents plugged in: their settings, the hook that they run, the spool while no server answers
     cli          options, output, and the HTTP client behind the commands
@@ -2876,7 +2877,7 @@ def guard():
 
 
 # ======================================================================================================
-# web: API routes, stream, pages
+# web: the API's handlers, stream, pages
 # ======================================================================================================
 
 PAGE_HEADERS = {
@@ -2892,7 +2893,6 @@ MEDIA_TYPES = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml
 COMPRESSED = ("text/html", *MEDIA_TYPES.values())
 PAGE_ROWS = 100
 FILE_ROWS = 10_000  # of a download: the newest
-PRIME_ROWS = 8
 TASK_FILTER = "group status workstream_id attention q include_hidden include_archived"
 THREAD_FILTER = "before_seq around level source kind tag q task_id workstream_id"
 FILE_TYPES = {"md": "text/markdown", "json": "application/json", "ndjson": "application/x-ndjson"}
@@ -3329,9 +3329,207 @@ def static_file(name: str):
     raise Problem("not_found", f"no such file: {name[:60]!r}")
 
 
-def plain_text(text: str):
-    """A text for agents."""
-    return flask.Response(text, mimetype="text/plain")
+# ======================================================================================================
+# mcp: for agents: the Model Context Protocol and its tools, what to know at the start
+# ======================================================================================================
+
+ENVELOPE = "io.modelcontextprotocol/"  # what messages say of themselves since 2026, in params._meta
+ANSWER_TEXT = 6000  # characters of all messages in one answer, at 200 a message or more
+MOST_UPDATES, PRIME_UPDATES = 50, 8
+
+
+@functools.cache
+def mcp_tables() -> types.SimpleNamespace:
+    """What templates/mcp.json says, the fields of each tool, and the tools as clients get them. A model pays
+    for every word of these: bounds are told when they are broken."""
+    found, known, listed = json.loads(asset("templates", "mcp.json")), {}, []
+    for name, (text, names) in found["tools"].items():
+        known[name], shapes, must = fields(names), {}, []
+        for each, field in known[name].items():
+            shape = {key: field.schema[key] for key in ("type", "enum") if key in field.schema}
+            shapes[each] = shape | found["hints"].get(each, {})
+            must += [each] if field.required and field.kind != "reference" else []
+        schema = {"type": "object", "properties": shapes} | ({"required": must} if must else {})
+        told = {"readOnlyHint": True} if name in READING_TOOLS else {"destructiveHint": False}
+        listed.append({"name": name, "description": text, "inputSchema": schema, "annotations": told})
+    versions = [*found["handshake"], *found["stateless"]]
+    return types.SimpleNamespace(**found | {"tools": listed, "fields": known, "versions": versions})
+
+
+def mcp_reply(
+    raw: bytes, headers: Any, call: Callable[[str, dict], str]
+) -> tuple[dict[str, Any] | None, int]:
+    """What answers a message, and the HTTP status; None: nothing does. `call` runs a tool; without headers it
+    came on a pipe. A client of 2026 says in every message which version it speaks, an older one agrees on
+    one by `initialize`; no answer depends on an earlier one."""
+    told: dict[str, Any] = {"jsonrpc": "2.0", "id": None}
+    stateless, status = False, 400
+    try:
+        message = read_message(raw)
+        told["id"] = message.get("id")
+        stateless = is_stateless(message, headers)
+        if "id" not in message:
+            return None, 202
+        status = 400 if stateless else 200  # to an older client a 404 says that its session is over
+        return told | {"result": mcp_result(message, stateless, call)}, 200
+    except Problem as problem:
+        code = problem.code if isinstance(problem.code, int) else -32700  # of JSON-RPC; else of the JSON
+        told["error"] = {"code": code, "message": problem.message}
+        if code == -32022:
+            asked = headers.get("MCP-Protocol-Version")
+            told["error"]["data"] = {"supported": mcp_tables().versions, "requested": asked}
+        return told, 404 if stateless and code == -32601 else status
+
+
+def read_message(raw: bytes) -> dict[str, Any]:
+    """A request or notification of JSON-RPC; Problem for anything else."""
+    message, kinds = parse_json(raw), {"method": str, "params": dict, "id": (str, int)}
+    whole = {"params": {}, "id": ""} | message if isinstance(message, dict) else {}
+    fits = all(isinstance(whole.get(name), kind) for name, kind in kinds.items())
+    if not fits or whole.get("jsonrpc") != "2.0" or isinstance(whole["id"], bool):
+        raise Problem(-32600, "a message is one request or notification of JSON-RPC 2.0; no batch, no answer")
+    return message
+
+
+def is_stateless(message: dict[str, Any], headers: Any) -> bool:
+    """Whether a message is of a version since 2026. Its headers then say what it says, for proxies that look
+    at nothing else: Problem where they do not, or for a version that is not spoken here."""
+    params, method, known = message.get("params", {}), message["method"], mcp_tables()
+    meta = params["_meta"] if isinstance(params.get("_meta"), dict) else {}
+    said = meta.get(f"{ENVELOPE}protocolVersion")
+    version = said if headers is None else headers.get("MCP-Protocol-Version") or None
+    if version not in (None, *known.versions):
+        raise Problem(-32022, "this version of the protocol is not spoken here")
+    if version in known.handshake or method == "initialize" or (version is None and said is None):
+        return False
+    missing = [name for name in ("protocolVersion", "clientCapabilities") if ENVELOPE + name not in meta]
+    if missing and "id" in message:
+        raise Problem(-32602, f"params._meta has no {ENVELOPE}{missing[0]}")
+    if headers is None or "id" not in message:
+        return True
+    name = headers.get("Mcp-Name", "")
+    with contextlib.suppress(ValueError):
+        coded = re.fullmatch(r"=\?base64\?(.*)\?=", name)
+        name = binascii.a2b_base64(coded[1]).decode() if coded else name
+    named = method != "tools/call" or params.get("name") in (None, name)
+    if version != said or headers.get("Mcp-Method") != method or not named:
+        raise Problem(
+            -32020, "MCP-Protocol-Version, Mcp-Method or Mcp-Name does not say what the message says"
+        )
+    return True
+
+
+def mcp_result(message: dict[str, Any], stateless: bool, call: Callable[[str, dict], str]) -> dict[str, Any]:
+    """The result of a request; Problem for a method that is not there."""
+    method, params, known = message["method"], message.get("params", {}), mcp_tables()
+    server, result = {"name": "monitor", "version": __version__}, {}
+    about = {"capabilities": {"tools": {}}, "instructions": known.instructions}
+    if method == "tools/list":
+        result = {"tools": known.tools}
+    elif method == "tools/call":
+        result = tool_result(params, call)
+    elif method == "server/discover" and stateless:
+        result = about | {"supportedVersions": known.versions}
+    elif method == "initialize" and not stateless:
+        asked = params.get("protocolVersion")
+        agreed = asked if asked in known.handshake else known.handshake[-1]
+        result = about | {"protocolVersion": agreed, "serverInfo": server}
+    elif method != "ping" or stateless:
+        raise Problem(-32601, f"there is no method {method[:60]!r}")
+    if stateless:
+        result |= {"resultType": "complete", "_meta": {f"{ENVELOPE}serverInfo": server}}
+        result |= {"ttlMs": 0, "cacheScope": "private"} if method != "tools/call" else {}
+    return result
+
+
+def tool_result(params: dict[str, Any], call: Callable[[str, dict], str]) -> dict[str, Any]:
+    """What a tool says. Why it cannot do its work is told to the model, too: it can mend that."""
+    name, given = params.get("name"), params.get("arguments") or {}
+    if not isinstance(name, str) or name not in mcp_tables().fields or not isinstance(given, dict):
+        names = ", ".join(mcp_tables().fields)
+        raise Problem(-32602, f"name must be one of {names}; arguments must be an object")
+    try:
+        return {"content": [{"type": "text", "text": call(name, given)}]}
+    except Problem as problem:
+        return {"content": [{"type": "text", "text": problem.message}], "isError": True}
+
+
+def receive_mcp():
+    """Answer a message of a client of the protocol."""
+    told, status = mcp_reply(json_bytes(), flask.request.headers, call_tool)
+    return answer(dump(told), status) if told else flask.Response(status=status)
+
+
+def call_tool(name: str, given: dict[str, Any]) -> str:
+    """Run a tool; returns its text. Where no task or workstream is named, it is about the agent's own."""
+    served, takes = monitor(), mcp_tables().fields[name]
+    if name in WRITING_TOOLS and served.config.tokens and not authorised(served.config):
+        raise Problem("unauthorized", f"{name} needs a valid token; whoever plugged Monitor in can give it")
+    if given.keys() - takes:
+        raise invalid(f"there is no {min(given.keys() - takes)[:60]}; {name} takes {', '.join(takes)}")
+    given = {each: value for each, value in given.items() if value is not None}
+    for each, field in takes.items():
+        if each in given and field.kind in ("number", "reference") and not isinstance(given[each], str):
+            given[each] = dump(given[each])  # models write numbers as numbers
+        elif each not in given and field.required and field.kind == "reference":
+            given[each] = own_reference(each)
+    wanted = clean(given, takes)
+    if "limit" in takes:
+        wanted["limit"] = min(wanted.get("limit", 10), MOST_UPDATES)
+    if name in READING_TOOLS:
+        found = served.store.read(lambda q: READING_TOOLS[name](q, wanted))
+    else:
+        run = re.fullmatch(RUN_REFERENCE, named_task() or "")
+        made = json.loads(WRITING_TOOLS[name](wanted, run[0] if run else "mcp"))
+        task = served.store.read(lambda q: TASK.make(q.one(TASK, made.get("task_id", made["id"]))))
+        found = {"made": made, "task": task}
+    size = max(200, ANSWER_TEXT // max(1, len(found.get("updates", ""))))
+    return flask.render_template("mcp.txt", tool=name, size=size, **found).strip()
+
+
+def own_reference(name: str) -> str:
+    """The task that the request names besides, or its workstream."""
+    named, row = named_task(), None
+    if named:
+        reference = FIELDS["task_id"].check(named, "the header X-Monitor-Task")
+        row = monitor().store.read_here(lambda q: q.find(TASK, reference))
+    if row is None:
+        raise invalid(f"{name} is missing: list_tasks shows them; no task is known to be your own", name)
+    return row["id" if name == "task_id" else name]
+
+
+def open_tasks(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Tasks, without a state asked for those not over: who waits for somebody first, then the newest."""
+    states, tasks = FIELDS["attention"].schema["x-words"], q.tasks(wanted)
+    if not {"status", "attention"} & wanted.keys():
+        tasks = [task for task in tasks if task["status"] in ("active", "blocked")]
+    places = {task["id"]: states.index(task["attention"]["state"]) for task in tasks if "attention" in task}
+    tasks.sort(key=lambda task: (places.get(task["id"], len(states)), -task["number"]))
+    return {"tasks": tasks, "waiting": len(places), "workstreams": q.workstreams({})}
+
+
+def matches(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Tasks and updates that hold all words; of one task its updates."""
+    tasks = [] if "task_id" in wanted else q.tasks({"q": wanted["q"], "include_archived": True})
+    return whole_thread(q, wanted) | {"tasks": tasks}
+
+
+def changed_task(wanted: dict[str, Any], source: str) -> str:
+    """A task as a tool has changed it."""
+    by = {"summary_source": source} if "summary_text" in wanted else {}
+    return monitor().change(TASK, wanted["task_id"], wanted | by)
+
+
+READING_TOOLS = {
+    "list_tasks": open_tasks,
+    "read_task": lambda q, wanted: one_task(q, wanted, wanted["task_id"]),
+    "search": matches,
+}
+WRITING_TOOLS = {  # what they made or changed, as JSON
+    "create_task": lambda wanted, source: monitor().create(TASK, wanted),
+    "change_task": changed_task,
+    "post_update": lambda wanted, source: monitor().add_update(wanted | {"source": source})[0],
+}
 
 
 def guide() -> str:
@@ -3339,18 +3537,23 @@ def guide() -> str:
     return asset("templates", "skill.md").decode().partition("\n---\n")[2]
 
 
-def prime_text() -> str:
+def show_prime():
     """What an agent needs to know when it begins: how its task stands, who waits, how to record."""
     named = named_task()
 
     def read(q: Queries) -> dict[str, Any]:
         row = q.find(TASK, FIELDS["task_id"].check(named, "task_id")) if named else None
-        found = one_task(q, {"limit": PRIME_ROWS}, row["id"]) if row else {"task": {}}
+        found = one_task(q, {"limit": PRIME_UPDATES}, row["id"]) if row else {"task": {}}
         waiting = [task for task in asking(q) if task["id"] != found["task"].get("id")]
         return found | {"waiting": waiting, "named": named}
 
-    return flask.render_template("prime.txt", **monitor().store.read(read))
+    text = flask.render_template("prime.txt", **monitor().store.read(read))
+    return flask.Response(text, mimetype="text/plain")
 
+
+# ======================================================================================================
+# app: all routes, errors, what every answer has, create_app()
+# ======================================================================================================
 
 ROUTES = (  # an answer of one expression stands here
     ("GET", "/health", health),
@@ -3393,9 +3596,9 @@ ROUTES = (  # an answer of one expression stands here
     ("POST", "/tasks/<reference>/runs", move_run_form),
     ("POST", "/tasks/<reference>/links", link_form),
     ("GET", "/static/<name>", static_file),
-    ("GET", "/llms.txt", lambda: plain_text(guide())),
-    ("GET", "/prime", lambda: plain_text(prime_text())),
-    ("POST", "/mcp", lambda: receive_mcp()),
+    ("GET", "/llms.txt", lambda: flask.Response(guide(), mimetype="text/plain")),
+    ("GET", "/prime", show_prime),
+    ("POST", "/mcp", receive_mcp),
 )
 
 
@@ -3487,215 +3690,6 @@ def create_app(config: Config | None = None):
         if name not in ("run", "shell", "routes"):
             app.cli.add_command(command, name)
     return app
-
-
-# ======================================================================================================
-# mcp: the same for agents: the Model Context Protocol, and its tools
-# ======================================================================================================
-
-ENVELOPE = "io.modelcontextprotocol/"  # what messages say of themselves since 2026, in params._meta
-ANSWER_TEXT = 6000  # characters of all messages in one answer
-
-
-@functools.cache
-def mcp_tables() -> types.SimpleNamespace:
-    """What templates/mcp.json says, the fields of each tool, and the tools as clients get them. A model pays
-    for every word of these: bounds are told when they are broken."""
-    found = json.loads(asset("templates", "mcp.json"))
-    known, listed = {name: fields(names) for name, (_, names) in found["tools"].items()}, []
-    for name, takes in known.items():
-        shapes = {each: {key: takes[each].schema.get(key) for key in ("type", "enum")} for each in takes}
-        shapes = {each: {k: v for k, v in shape.items() if v} for each, shape in shapes.items()}
-        shapes = {each: shape | found["hints"].get(each, {}) for each, shape in shapes.items()}
-        must = [each for each, field in takes.items() if field.required and field.kind != "reference"]
-        schema = {"type": "object", "properties": shapes} | ({"required": must} if must else {})
-        told = {"readOnlyHint": True} if name in READING_TOOLS else {"destructiveHint": False}
-        text = found["tools"][name][0]
-        listed.append({"name": name, "description": text, "inputSchema": schema, "annotations": told})
-    versions = [*found["handshake"], *found["stateless"]]
-    return types.SimpleNamespace(**found | {"tools": listed, "fields": known, "versions": versions})
-
-
-def mcp_reply(
-    raw: bytes, headers: Any, call: Callable[[str, dict], str]
-) -> tuple[dict[str, Any] | None, int]:
-    """What answers a message, and the HTTP status; None: nothing does. `call` runs a tool; without headers it
-    came on a pipe. A client of 2026 says in every message which version it speaks, an older one agrees on
-    one by `initialize`; no answer depends on an earlier one."""
-    told: dict[str, Any] = {"jsonrpc": "2.0", "id": None}
-    stateless, status = False, 400
-    try:
-        message = read_message(raw)
-        told["id"] = message.get("id")
-        stateless = is_stateless(message, headers)
-        if "id" not in message:
-            return None, 202
-        status = 400 if stateless else 200  # to an older client a 404 says that its session is over
-        return told | {"result": mcp_result(message, stateless, call)}, 200
-    except Problem as problem:
-        code = problem.code if isinstance(problem.code, int) else -32700  # of JSON-RPC; else of the JSON
-        told["error"] = {"code": code, "message": problem.message}
-        if code == -32022:
-            asked = headers.get("MCP-Protocol-Version")
-            told["error"]["data"] = {"supported": mcp_tables().versions, "requested": asked}
-        return told, 404 if stateless and code == -32601 else status
-
-
-def read_message(raw: bytes) -> dict[str, Any]:
-    """A request or notification of JSON-RPC; Problem for anything else."""
-    message, kinds = parse_json(raw), {"method": str, "params": dict, "id": (str, int)}
-    whole = {"params": {}, "id": ""} | message if isinstance(message, dict) else {}
-    fits = all(isinstance(whole.get(name), kind) for name, kind in kinds.items())
-    if not fits or whole.get("jsonrpc") != "2.0" or isinstance(whole["id"], bool):
-        raise Problem(-32600, "a message is one request or notification of JSON-RPC 2.0; no batch, no answer")
-    return message
-
-
-def is_stateless(message: dict[str, Any], headers: Any) -> bool:
-    """Whether a message is of a version since 2026. Its headers then say what it says, for proxies that look
-    at nothing else: Problem where they do not, or for a version that is not spoken here."""
-    params, method, known = message.get("params", {}), message["method"], mcp_tables()
-    meta = params["_meta"] if isinstance(params.get("_meta"), dict) else {}
-    said = meta.get(f"{ENVELOPE}protocolVersion")
-    version = said if headers is None else headers.get("MCP-Protocol-Version") or None
-    if version not in (None, *known.versions):
-        raise Problem(-32022, "this version of the protocol is not spoken here")
-    if version in known.handshake or method == "initialize" or (version is None and said is None):
-        return False
-    missing = [name for name in ("protocolVersion", "clientCapabilities") if ENVELOPE + name not in meta]
-    if missing and "id" in message:
-        raise Problem(-32602, f"params._meta has no {ENVELOPE}{missing[0]}")
-    told = {"MCP-Protocol-Version": said, "Mcp-Method": method}
-    told |= {"Mcp-Name": params["name"]} if method == "tools/call" and "name" in params else {}
-    wrong = [name for name, value in told.items() if header_value(headers, name) != value]
-    if wrong and headers is not None and "id" in message:
-        raise Problem(-32020, f"the header {wrong[0]} does not say what the message says")
-    return True
-
-
-def header_value(headers: Any, name: str) -> str | None:
-    """A header's text; what is not printable comes as =?base64?...?=."""
-    text = (headers or {}).get(name)
-    with contextlib.suppress(ValueError):
-        found = re.fullmatch(r"=\?base64\?(.*)\?=", text or "")
-        return binascii.a2b_base64(found[1]).decode() if found else text
-    return None
-
-
-def mcp_result(message: dict[str, Any], stateless: bool, call: Callable[[str, dict], str]) -> dict[str, Any]:
-    """The result of a request; Problem for a method that is not there."""
-    method, params, known = message["method"], message.get("params", {}), mcp_tables()
-    server, result = {"name": "monitor", "version": __version__}, {}
-    about = {"capabilities": {"tools": {}}, "instructions": known.instructions}
-    if method == "tools/list":
-        result = {"tools": known.tools}
-    elif method == "tools/call":
-        result = tool_result(params, call)
-    elif method == "server/discover" and stateless:
-        result = about | {"supportedVersions": known.versions}
-    elif method == "initialize" and not stateless:
-        asked = params.get("protocolVersion")
-        agreed = asked if asked in known.handshake else known.handshake[-1]
-        result = about | {"protocolVersion": agreed, "serverInfo": server}
-    elif method != "ping" or stateless:
-        raise Problem(-32601, f"there is no method {method[:60]!r}")
-    if stateless:
-        result |= {"resultType": "complete", "_meta": {f"{ENVELOPE}serverInfo": server}}
-        result |= {"ttlMs": 0, "cacheScope": "private"} if method != "tools/call" else {}
-    return result
-
-
-def tool_result(params: dict[str, Any], call: Callable[[str, dict], str]) -> dict[str, Any]:
-    """What a tool says. What is wrong with its arguments is told to the model, which can mend it."""
-    name, given = params.get("name"), params.get("arguments") or {}
-    if not isinstance(name, str) or name not in mcp_tables().fields or not isinstance(given, dict):
-        names = ", ".join(mcp_tables().fields)
-        raise Problem(-32602, f"name must be one of {names}; arguments must be an object")
-    try:
-        return {"content": [{"type": "text", "text": call(name, given)}]}
-    except Problem as problem:
-        if isinstance(problem.code, int):
-            raise
-        return {"content": [{"type": "text", "text": problem.message}], "isError": True}
-
-
-def receive_mcp():
-    """Answer a message of a client of the protocol."""
-    told, status = mcp_reply(json_bytes(), flask.request.headers, call_tool)
-    return answer(dump(told), status) if told else flask.Response(status=status)
-
-
-def call_tool(name: str, given: dict[str, Any]) -> str:
-    """Run a tool; returns its text. Where no task or workstream is named, it is about the agent's own."""
-    served, takes = monitor(), mcp_tables().fields[name]
-    if name in WRITING_TOOLS and served.config.tokens and not authorised(served.config):
-        raise Problem("unauthorized", f"{name} needs a valid token: the person who started you sets it")
-    if given.keys() - takes:
-        raise invalid(f"there is no {min(given.keys() - takes)[:60]}; {name} takes {', '.join(takes)}")
-    given = {each: value for each, value in given.items() if value is not None}
-    for each, field in takes.items():
-        if each in given and field.kind in ("number", "reference") and not isinstance(given[each], str):
-            given[each] = dump(given[each])  # models write numbers as numbers
-        elif each not in given and field.required and field.kind == "reference":
-            given[each] = own_reference(each)
-    wanted = clean(given, takes)
-    if name in READING_TOOLS:
-        found = served.store.read(lambda q: READING_TOOLS[name](q, wanted))
-    else:
-        made = json.loads(WRITING_TOOLS[name](wanted))
-        task = served.store.read(lambda q: TASK.make(q.one(TASK, made.get("task_id", made["id"]))))
-        found = {"made": made, "task": task}
-    size = max(200, ANSWER_TEXT // max(1, len(found.get("updates", ""))))
-    return flask.render_template("mcp.txt", tool=name, size=size, **found).strip()
-
-
-def own_reference(name: str) -> str:
-    """The task that the request names besides, or its workstream."""
-    named, row = named_task(), None
-    if named:
-        reference = FIELDS["task_id"].check(named, "the header X-Monitor-Task")
-        row = monitor().store.read_here(lambda q: q.find(TASK, reference))
-    if row is None:
-        raise invalid(f"{name} is missing: list_tasks shows them; no task is known to be your own", name)
-    return row["id" if name == "task_id" else name]
-
-
-def speaker() -> str:
-    """The source of what an agent says: its run, where the request names that."""
-    named = named_task() or ""
-    return named if re.fullmatch(RUN_REFERENCE, named) else "mcp"
-
-
-def open_tasks(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Tasks, without a state asked for those not over: who waits for somebody first, then the newest."""
-    states, tasks = FIELDS["attention"].schema["x-words"], q.tasks(wanted)
-    if not {"status", "attention"} & wanted.keys():
-        tasks = [task for task in tasks if task["status"] in ("active", "blocked")]
-    places = {task["id"]: states.index(task["attention"]["state"]) for task in tasks if "attention" in task}
-    tasks.sort(key=lambda task: (places.get(task["id"], len(states)), -task["number"]))
-    return {"tasks": tasks, "waiting": len(places), "workstreams": q.workstreams({})}
-
-
-def matches(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Tasks and updates that hold all words; of one task its updates."""
-    tasks = [] if "task_id" in wanted else q.tasks({"q": wanted["q"], "include_archived": True})
-    return whole_thread(q, {"limit": 10} | wanted) | {"tasks": tasks}
-
-
-READING_TOOLS = {
-    "list_tasks": open_tasks,
-    "read_task": lambda q, wanted: one_task(q, {"limit": 10} | wanted, wanted["task_id"]),
-    "search": matches,
-}
-WRITING_TOOLS = {  # what they made or changed, as JSON
-    "create_task": lambda wanted: monitor().create(TASK, wanted),
-    "change_task": lambda wanted: monitor().change(
-        TASK,
-        wanted.pop("task_id"),
-        wanted | ({"summary_source": speaker()} if "summary_text" in wanted else {}),
-    ),
-    "post_update": lambda wanted: monitor().add_update(wanted | {"source": speaker()})[0],
-}
 
 
 # ======================================================================================================
@@ -4679,15 +4673,13 @@ def remote_tool(name: str, given: dict[str, Any]) -> str:
         "method": "tools/call",
         "params": {"name": name, "arguments": given},
     }
-    try:
-        told = ask(*target(), "POST", f"/mcp?task_id={quoted(current_task() or '')}", message)
-        text = told["result"]["content"][0]["text"]
-    except (Problem, LookupError, TypeError) as error:
-        said = getattr(error, "message", f"{target()[0]} does not answer like Monitor")
-        raise Problem(-32603, said) from None
-    if told["result"].get("isError"):
-        raise invalid(text)
-    return text
+    told = ask(*target(), "POST", f"/mcp?task_id={quoted(current_task() or '')}", message)
+    result = told.get("result")
+    if not isinstance(result, dict) or "content" not in result:
+        raise trouble_of(target()[0], 200)
+    if result.get("isError"):
+        raise invalid(result["content"][0]["text"])
+    return result["content"][0]["text"]
 
 
 @command("prime", "task")
@@ -4715,7 +4707,7 @@ def skill(install: str | None) -> None:
     path = os.path.realpath(os.path.expanduser(f"{folder}/skills/monitor/SKILL.md"))
     try:
         before = Path(path).read_bytes() if os.path.exists(path) else None
-        if before is not None and b"<!-- monitor-skill" not in before:
+        if before is not None and b"<!-- monitor-skill:" not in before:
             raise invalid(f"{path} is not from here; nothing was changed: move it away first")
         if before != text:
             os.makedirs(os.path.dirname(path), exist_ok=True)
