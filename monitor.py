@@ -3374,11 +3374,10 @@ def mcp_reply(
         return told | {"result": mcp_result(message, stateless, call)}, 200
     except Problem as problem:
         code = problem.code if isinstance(problem.code, int) else -32700  # of JSON-RPC; else of the JSON
-        told["error"] = {"code": code, "message": problem.message}
-        if code == -32022:
-            asked = headers.get("MCP-Protocol-Version")
-            told["error"]["data"] = {"supported": mcp_tables().versions, "requested": asked}
-        return told, 404 if stateless and code == -32601 else status
+        error = {"code": code, "message": problem.message} | (
+            {"data": problem.field} if problem.field else {}
+        )
+        return told | {"error": error}, 404 if stateless and code == -32601 else status
 
 
 def read_message(raw: bytes) -> dict[str, Any]:
@@ -3399,7 +3398,8 @@ def is_stateless(message: dict[str, Any], headers: Any) -> bool:
     said = meta.get(f"{ENVELOPE}protocolVersion")
     version = said if headers is None else headers.get("MCP-Protocol-Version") or None
     if version not in (None, *known.versions):
-        raise Problem(-32022, "this version of the protocol is not spoken here")
+        asked = {"supported": known.versions, "requested": version}
+        raise Problem(-32022, "this version of the protocol is not spoken here", asked)
     if version in known.handshake or method == "initialize" or (version is None and said is None):
         return False
     missing = [name for name in ("protocolVersion", "clientCapabilities") if ENVELOPE + name not in meta]
@@ -3444,7 +3444,7 @@ def mcp_result(message: dict[str, Any], stateless: bool, call: Callable[[str, di
 
 def tool_result(params: dict[str, Any], call: Callable[[str, dict], str]) -> dict[str, Any]:
     """What a tool says. Why it cannot do its work is told to the model, too: it can mend that."""
-    name, given = params.get("name"), params.get("arguments") or {}
+    name, given = params.get("name"), params.get("arguments", {})
     if not isinstance(name, str) or name not in mcp_tables().fields or not isinstance(given, dict):
         names = ", ".join(mcp_tables().fields)
         raise Problem(-32602, f"name must be one of {names}; arguments must be an object")
@@ -4688,13 +4688,14 @@ def prime(task: str | None) -> None:
     SessionStart hook: short, and never an error."""
     try:
         asked = {"task_id": current_task(task)}
-        text = ask(*target(), "GET", "/prime", asked, HOOK_SECONDS, whole=False).content
-        if not text.startswith(b"# Monitor"):
+        text = ask(*target(), "GET", "/prime", asked, HOOK_SECONDS, whole=False).content.decode()
+        if not text.startswith("# Monitor"):
             raise trouble_of(target()[0], 200)
     except Exception as error:  # whatever it is: no agent's start may fail of it
-        text = f"Nothing from Monitor now: {getattr(error, 'message', error)}\n{guide()}".encode()
+        text = f"Nothing from Monitor now: {brief(getattr(error, 'message', error))}\n{guide()}"
     if not quiet():
-        click.echo(text, nl=False)
+        encoding = sys.stdout.encoding or "utf-8"  # of a hook it may be ASCII
+        click.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
 
 
 @command("skill", "install")
@@ -4702,7 +4703,7 @@ def skill(install: str | None) -> None:
     """Print what agents should know of Monitor as a skill, or install it for an agent."""
     text = asset("templates", "skill.md")
     if not install:
-        return quiet() or click.echo(text, nl=False)
+        return quiet() or click.echo(text.decode(), nl=False)
     folder = {"claude": os.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude", "codex": "~/.agents"}[install]
     path = os.path.realpath(os.path.expanduser(f"{folder}/skills/monitor/SKILL.md"))
     try:
