@@ -3356,9 +3356,7 @@ def mcp_tables() -> types.SimpleNamespace:
     return types.SimpleNamespace(**found | {"tools": listed, "fields": known, "versions": versions})
 
 
-def mcp_reply(
-    raw: bytes, headers: Any, call: Callable[[str, dict], str]
-) -> tuple[dict[str, Any] | None, int]:
+def mcp_reply(raw: bytes, headers: Any, call: Callable[[str, dict], str]) -> tuple[dict | None, int]:
     """What answers a message, and the HTTP status; None: nothing does. `call` runs a tool; without headers it
     came on a pipe. A client of 2026 says in every message which version it speaks, an older one agrees on
     one by `initialize`; no answer depends on an earlier one."""
@@ -3373,16 +3371,18 @@ def mcp_reply(
         status = 400 if stateless else 200  # to an older client a 404 says that its session is over
         return told | {"result": mcp_result(message, stateless, call)}, 200
     except Problem as problem:
-        code = problem.code if isinstance(problem.code, int) else -32700  # of JSON-RPC; else of the JSON
-        error = {"code": code, "message": problem.message} | (
-            {"data": problem.field} if problem.field else {}
-        )
-        return told | {"error": error}, 404 if stateless and code == -32601 else status
+        # The codes are those of JSON-RPC here, and what a Problem says of a field is its data.
+        told["error"] = {"code": problem.code, "message": problem.message}
+        told["error"] |= {"data": problem.field} if problem.field else {}
+        return told, 404 if stateless and problem.code == -32601 else status
 
 
 def read_message(raw: bytes) -> dict[str, Any]:
     """A request or notification of JSON-RPC; Problem for anything else."""
-    message, kinds = parse_json(raw), {"method": str, "params": dict, "id": (str, int)}
+    try:
+        message, kinds = json.loads(raw.decode()), {"method": str, "params": dict, "id": (str, int)}
+    except (ValueError, RecursionError) as error:
+        raise Problem(-32700, f"the message is not JSON in UTF-8: {error}") from None
     whole = {"params": {}, "id": ""} | message if isinstance(message, dict) else {}
     fits = all(isinstance(whole.get(name), kind) for name, kind in kinds.items())
     if not fits or whole.get("jsonrpc") != "2.0" or isinstance(whole["id"], bool):
@@ -3413,9 +3413,7 @@ def is_stateless(message: dict[str, Any], headers: Any) -> bool:
         name = binascii.a2b_base64(coded[1]).decode() if coded else name
     named = method != "tools/call" or params.get("name") in (None, name)
     if version != said or headers.get("Mcp-Method") != method or not named:
-        raise Problem(
-            -32020, "MCP-Protocol-Version, Mcp-Method or Mcp-Name does not say what the message says"
-        )
+        raise Problem(-32020, "MCP-Protocol-Version, Mcp-Method or Mcp-Name says something else than this")
     return True
 
 
@@ -3449,6 +3447,9 @@ def tool_result(params: dict[str, Any], call: Callable[[str, dict], str]) -> dic
         names = ", ".join(mcp_tables().fields)
         raise Problem(-32602, f"name must be one of {names}; arguments must be an object")
     try:
+        given = parse_json(
+            json.dumps(given).encode()
+        )  # only here: what cannot be stored is told to the model
         return {"content": [{"type": "text", "text": call(name, given)}]}
     except Problem as problem:
         return {"content": [{"type": "text", "text": problem.message}], "isError": True}
@@ -3508,26 +3509,19 @@ def open_tasks(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
     return {"tasks": tasks, "waiting": len(places), "workstreams": q.workstreams({})}
 
 
-def matches(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Tasks and updates that hold all words; of one task its updates."""
-    tasks = [] if "task_id" in wanted else q.tasks({"q": wanted["q"], "include_archived": True})
-    return whole_thread(q, wanted) | {"tasks": tasks}
-
-
-def changed_task(wanted: dict[str, Any], source: str) -> str:
-    """A task as a tool has changed it."""
-    by = {"summary_source": source} if "summary_text" in wanted else {}
-    return monitor().change(TASK, wanted["task_id"], wanted | by)
-
-
 READING_TOOLS = {
     "list_tasks": open_tasks,
     "read_task": lambda q, wanted: one_task(q, wanted, wanted["task_id"]),
-    "search": matches,
+    "search": lambda q, wanted: (
+        whole_thread(q, wanted)
+        | {"tasks": [] if "task_id" in wanted else q.tasks({"q": wanted["q"], "include_archived": True})}
+    ),
 }
 WRITING_TOOLS = {  # what they made or changed, as JSON
     "create_task": lambda wanted, source: monitor().create(TASK, wanted),
-    "change_task": changed_task,
+    "change_task": lambda wanted, source: monitor().change(
+        TASK, wanted["task_id"], wanted | ({"summary_source": source} if "summary_text" in wanted else {})
+    ),
     "post_update": lambda wanted, source: monitor().add_update(wanted | {"source": source})[0],
 }
 
