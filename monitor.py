@@ -1994,7 +1994,9 @@ def connect(path: str, mode: str) -> sqlite3.Connection:
     """A connection in autocommit mode: transactions are begun by hand. Only the writer's mode is not "ro":
     SQLite before 3.51.3 can corrupt a database in which two write or checkpoint at the same moment."""
     location = "file:" + path.replace("%", "%25").replace("?", "%3f").replace("#", "%23") + f"?mode={mode}"
-    db = sqlite3.connect(location, BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=True)
+    db = sqlite3.connect(
+        location, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=True
+    )
     db.row_factory = sqlite3.Row
     return db
 
