@@ -4305,14 +4305,11 @@ PARAMETERS = {  # of our commands, by name
 }
 PARAMETERS |= {each.name: setting_option(each, f"; {each.default or 'none'}") for each in SETTINGS}
 PARAMETERS |= {name: click.Argument([name]) for name in ("file", "id")}
+PARAMETERS |= {"install": click.Option(["--install"], type=click.Choice(["claude", "codex"]), help="Whose.")}
 PARAMETERS |= {"agent": click.Argument(["agent"], type=click.Choice(AGENTS))}
 PARAMETERS |= {"any_agent": click.Argument(["agent"], type=click.Choice(AGENTS), required=False)}
 PARAMETERS |= {"any_task": click.Argument(["task"], required=False)}
 PARAMETERS |= {"seq": click.Argument(["seq"], type=int)}
-PARAMETERS |= {"task": click.Option(["--task"], metavar="ID", help="Another task than the current one.")}
-PARAMETERS |= {
-    "install": click.Option(["--install"], type=click.Choice(["claude", "codex"]), help="For whom.")
-}
 GLOBAL_OPTIONS = [setting_option(each, expose_value=False, callback=remember) for each in CLIENT_SETTINGS]
 GLOBAL_OPTIONS += [PARAMETERS["quiet"]]
 GROUPS = (
@@ -4678,12 +4675,12 @@ def remote_tool(name: str, given: dict[str, Any]) -> str:
     return result["content"][0]["text"]
 
 
-@command("prime", "task")
-def prime(task: str | None) -> None:
+@command("prime", "", OF_TASK)
+def prime(task_id: str | None) -> None:
     """Print what an agent needs to know when it begins: how its task stands, who waits, how to record. Fits a
     SessionStart hook: short, and never an error."""
     try:
-        asked = {"task_id": current_task(task)}
+        asked = {"task_id": current_task(task_id)}
         text = ask(*target(), "GET", "/prime", asked, HOOK_SECONDS, whole=False).content.decode()
         if not text.startswith("# Monitor"):
             raise trouble_of(target()[0], 200)
