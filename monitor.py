@@ -1464,7 +1464,7 @@ class Queries:
             FROM updates JOIN tasks ON number = task
             WHERE seq >= (SELECT seq FROM updates WHERE timestamp >= :since ORDER BY timestamp LIMIT 1)
               AND timestamp >= :since AND {"TRUE" if task is None else "task = :task"}
-            GROUP BY task, span
+            GROUP BY tasks.id, span
         """
         since = timestamp(datetime.datetime.fromtimestamp(first * seconds, datetime.UTC))
         found: dict[str, dict[int, Any]] = {}
@@ -2913,7 +2913,8 @@ PAGE_ROWS = 100
 FILE_ROWS = 10_000  # of a download: the newest
 LANES, LANE_ROWS = 6, 20
 HOUR, DAY = (300, 12), (3600, 24)  # of strips: seconds of a span, and how many
-TASK_FILTER = "group status workstream_id attention source q include_hidden include_archived"
+DASHBOARD_ROWS = 200  # shared by its groups
+TASK_FILTER = "group status workstream_id attention source q include_hidden include_archived all"
 THREAD_FILTER = "before_seq around seen level source kind tag q task_id workstream_id layout pin fixed"
 FILE_TYPES = {"md": "text/markdown", "json": "application/json", "ndjson": "application/x-ndjson"}
 TOOL_KINDS = ("tool_use", "tool_failure", "file_change")
@@ -3212,8 +3213,10 @@ def dashboard(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
         for name, count in counts.items():
             count[values[name]] += missed <= {name}
         if not missed:
-            tasks.append(task | {"last": last, "strip": strips.get(task["id"])})
-    return {"workstreams": q.workstreams(scope), "tasks": tasks, "counts": counts, "chosen": chosen}
+            seq = last["seq"] if last else 0
+            tasks.append(task | {"last": last, "strip": strips.get(task["id"]), "seq": seq})
+    found = {"workstreams": q.workstreams(scope), "tasks": tasks, "counts": counts, "chosen": chosen}
+    return found | {"rows": MAX_INTEGER if wanted.get("all") else DASHBOARD_ROWS}
 
 
 def thread(q: Queries, chosen: Filter, wanted: dict[str, Any]) -> dict[str, Any]:

@@ -41,12 +41,12 @@ export function tellTimes(root) {
 function tellDays(list) {
   const [head, ...others] = list.querySelectorAll(":scope > .day");
   for (const other of others) other.remove();
-  let before = "";
+  let before = "9999"; // only ever older days: times may come in any order
   for (const row of head ? [...list.children].filter((row) => row !== head) : []) {
     const moment = new Date($("time", row).dateTime);
     const day = moment.toLocaleDateString("sv"); // as 2026-11-29
-    if (day === before) continue;
-    const heading = before ? head.cloneNode(true) : head;
+    if (day >= before) continue;
+    const heading = before < "9999" ? head.cloneNode(true) : head;
     heading.id = `d${list.dataset.key}-${day}`;
     Object.assign($("time", heading), { dateTime: day, textContent: dayName.format(moment) });
     row.before(heading);
