@@ -65,8 +65,8 @@ export function morph(shown, fresh, navigating = false) {
   const kept = navigating ? null : held();
   Idiomorph.morph(shown, fresh, {
     morphStyle: "outerHTML",
-    ignoreActiveValue: !navigating, // after Back, a focused search box must not keep the text of the page before
     callbacks: {
+      // After Back, a focused search box must not keep the text of the page before.
       beforeNodeMorphed: (old) => navigating || !(isTouched(old) || old === kept),
       beforeAttributeUpdated: (name, node) => !(name === "open" && node.matches("details, dialog")),
     },
@@ -209,7 +209,7 @@ async function go(url) {
 document.addEventListener("click", (event) => {
   const link = event.target.closest("a[href]");
   const plain = !event.button && !event.ctrlKey && !event.metaKey && !event.shiftKey && !event.altKey;
-  if (!link || !plain || link.target || link.closest("dialog, header, svg, [data-do]") || !samePage(new URL(link.href))) return;
+  if (!link || !plain || link.target || link.closest("dialog, header.site, svg, [data-do]") || !samePage(new URL(link.href))) return;
   event.preventDefault();
   go(new URL(link.href));
 });

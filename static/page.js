@@ -61,8 +61,8 @@ function move(step) {
 }
 
 // The forms of a task's page that change it, without going there.
-async function change(row = document.activeElement.closest(".task")) {
-  const link = row && $(".name", row);
+async function change(row = document.activeElement.closest("main li[id]")) {
+  const link = row && $(".name, .task-name", row);
   const response = link && (await fetch(link.href).catch(() => null));
   if (!response?.ok || response.redirected) return;
   const fresh = parse(await response.text());
