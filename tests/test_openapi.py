@@ -35,10 +35,12 @@ OPERATIONS = [
 SOURCE = (ROOT / "monitor.py").read_text()
 SQL = (ROOT / "schema.sql").read_text()
 REQUIRED = os.environ.get("MONITOR_SCHEMA_TESTS") == "required"
-# Pages, and what they are made of: for people. What is not here must be described.
+# Pages, and what they are made of, are for people; /prime and /llms.txt are for models, and the messages of
+# /mcp are described by its own protocol (tools/list). What is not here must be described.
 PAGES = words(
     """
-    / /login /logout /dashboard /docs /stream /needs /palette /workstreams /tasks /static/<name>
+    / /login /logout /dashboard /docs /stream /needs /palette /workstreams /workstreams/<reference> /tasks
+    /static/<name> /prime /llms.txt /mcp
     /tasks/<reference> /tasks/<page:reference> /tasks/<reference>/updates /tasks/<reference>/runs
     /tasks/<reference>/links
     """
@@ -92,18 +94,19 @@ def test_a_route_tells_of_all_its_fields(key):
 
 def test_a_field_of_body_or_query_is_read_only_where_the_tables_check_it():
     """A handler gets `posted` and `wanted`. What it reads by itself would be missing here."""
-    web = SOURCE[SOURCE.index("# web: API routes") :]
+    web = SOURCE[SOURCE.index("# web: ") :]
     assert re.findall(r".*request\.args.*", web) == [
         "    args = flask.request.args",
+        '    return request.args.get("task_id") or request.headers.get("X-Monitor-Task", "").strip() or None',
         '    ("GET", "/login", lambda: page("login.html", next=local_path(flask.request.args.get("next")))),',
     ]
     assert len(re.findall(r"json_body\(", web)) == 2, "its definition, and respond()"
 
 
 def test_every_header_that_is_read_is_described():
-    known = {"Accept", "Authorization", "Content-Type"}
+    known = {"Accept", "Authorization", "Content-Type", "MCP-Protocol-Version", "Mcp-Method", "Mcp-Name"}
     read = set(re.findall(r'headers\.get\("([A-Za-z0-9-]+)"', SOURCE[SOURCE.index("# guard: ") :]))
-    read |= set(re.findall(r'"(X-[A-Za-z0-9-]+)"', SOURCE[SOURCE.index("# web: API") :]))
+    read |= set(re.findall(r'"(X-[A-Za-z0-9-]+)"', SOURCE[SOURCE.index("# web: ") :]))
     told = set(DOCUMENT["components"]["parameters"])
     sent = {"X-Accel-Buffering", "X-Content-Type-Options"}
     assert {name for name in read if not name.startswith(("Content-", "MONITOR"))} - known - sent == told
