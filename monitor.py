@@ -2270,7 +2270,7 @@ FORMATS = {
 }
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)
 def joined(encode: Callable[[Frame], bytes], frames: tuple[Frame, ...]) -> bytes:
     """Frames as they are written: the readers at the tail all get the same."""
     return b"".join([encode(frame) for frame in frames])
@@ -2932,29 +2932,28 @@ NOTHING = Filter(task=0)
 FULL = "there are too many streams, or the server is shutting down; come back later"
 
 
-def text_frame(text: bytes) -> bytes:
+def text_frame(*parts: Any) -> bytes:
     """A text message as one frame. Not by wsproto, whose frames belong to one connection: all readers at the
     tail share these."""
-    size = len(text)
-    wide = size > 0xFFFF
-    head = bytes((0x81, 126 + wide)) + size.to_bytes(8 if wide else 2) if size > 125 else bytes((0x81, size))
-    return head + text
+    size = sum(map(len, parts))
+    head = (size,) if size < 126 else (126, *size.to_bytes(2)) if size < 65536 else (127, *size.to_bytes(8))
+    return b"".join((bytes((0x81, *head)), *parts))
 
 
 @functools.lru_cache(maxsize=64)
 def socket_style(sub: str) -> StreamFormat:
-    """How the stream of a subscription is written: the lines of NDJSON, each in a frame with its name."""
+    """How the stream of a subscription is written: the lines of NDJSON, each in a frame, with its name."""
     name = b'{"sub":%s,' % dump(sub).encode()
 
-    def special(*told: Any) -> bytes:
-        return text_frame(name + encode_line(*told)[1:-1])
+    def named(encode: Callable[..., bytes]) -> Callable[..., bytes]:
+        return lambda *told: text_frame(name, memoryview(encode(*told))[1:-1])  # a copy less of a megabyte
 
-    return StreamFormat("", special, lambda frame: text_frame(name + frame_line(frame)[1:-1]), b"", False)
+    return StreamFormat("", named(encode_line), named(frame_line), b"", False)
 
 
 def size_limit():
-    """An extension of wsproto that refuses a message for what its frames declare, before that comes. A
-    fragment counts as one byte more, or empty ones could go on for ever."""
+    """An extension of wsproto that refuses a message for what its frames declare, before that comes.
+    Fragments count 64 bytes more: empty ones must not go on for ever."""
     from wsproto.extensions import Extension
     from wsproto.frame_protocol import CloseReason, RsvBits
 
@@ -2967,7 +2966,7 @@ def size_limit():
 
         def frame_inbound_complete(self, proto, fin):
             if not proto.header.opcode.iscontrol():
-                self.size = 0 if fin else self.size + proto.header.payload_len + 1
+                self.size = 0 if fin else self.size + proto.header.payload_len + 64
 
     return SizeLimit()
 
@@ -2996,8 +2995,9 @@ class Socket:
             self._connection.settimeout(None)
             self._connection.sendall(accepted)
             threading.Thread(target=self._keep, daemon=True).start()
-            while time.monotonic() < self._end and self._receive(self._reader.read1(65536)):
+            while time.monotonic() < self._end and self._receive(self._reader.read1(16384)):
                 self._pings = 0
+                time.sleep(0)  # whoever sends without a pause must not keep the others waiting
         self._subscriptions.clear()
         self._cut()
 
@@ -3032,17 +3032,17 @@ class Socket:
         """Ping the other side, and close where it is dead, its session has ended, or the server ends."""
         broadcaster, pinged = self._served.broadcaster, time.monotonic()
         with contextlib.suppress(OSError):
-            while self._end == math.inf and self._pings <= 2:
+            while self._end == math.inf:
                 broadcaster.wait(broadcaster.head, NOTHING)
                 if broadcaster.closed:
                     self.close(3001, "the server is shutting down")
                 elif self._ended():
                     self.close(3502, "the session has ended")
+                elif time.monotonic() - pinged >= PING_SECONDS and self._pings >= 2:
+                    self._cut()
                 elif time.monotonic() - pinged >= PING_SECONDS:
                     self._pings, pinged = self._pings + 1, time.monotonic()
                     self._send(PING_FRAME)
-        if self._pings > 2:
-            self._cut()
 
     def _receive(self, data: bytes) -> bool:
         """Take in frames; False when all is said. What breaks the rules comes from wsproto as a close with
@@ -3138,6 +3138,45 @@ class Socket:
     def ping(self) -> str:
         """Nothing but an answer: a browser's script does not see the protocol's own pings."""
         return "true"
+
+
+def accept_handshake() -> bytes:
+    """The answer to the handshake of a WebSocket; Problem where it is none, or not one of ours."""
+    from wsproto.utilities import generate_accept_token
+
+    request, headers = flask.request, flask.request.headers
+    if not request.url_rule.websocket or headers.get("Sec-WebSocket-Version") != "13":
+        raise Problem("upgrade_required", "this is a WebSocket, of version 13")
+    key, offered = headers.get("Sec-WebSocket-Key", ""), split_list(headers.get("Sec-WebSocket-Protocol", ""))
+    if not re.fullmatch(r"[A-Za-z0-9+/]{22}==", key):
+        raise invalid("Sec-WebSocket-Key must be 16 bytes in base64")
+    if offered and SUBPROTOCOL not in offered:
+        raise invalid(f"Sec-WebSocket-Protocol must offer {SUBPROTOCOL}")
+    if request.content_length or "Transfer-Encoding" in headers:
+        raise invalid("a handshake has no body")  # it would be taken for frames
+    chosen = f"Sec-WebSocket-Protocol: {SUBPROTOCOL}\r\n" if offered else ""
+    return SWITCHING.format(generate_accept_token(key.encode()).decode(), chosen).encode()
+
+
+def open_socket():
+    """Take the connection over as a WebSocket. What is wrong is told before that, as to any request."""
+    served, environ, accepted = monitor(), flask.request.environ, accept_handshake()
+    connection = environ.get("monitor.connection") or (environ["werkzeug.socket"], environ["wsgi.input"])
+    may_write = not served.config.tokens or known_client()
+    socket = Socket(served, connection, may_write, session_watch())
+    if not served.broadcaster.join():
+        raise Problem("unavailable", FULL)
+
+    def run() -> None:
+        try:
+            socket.serve(accepted)
+        finally:
+            served.broadcaster.leave()
+        raise ConnectionResetError(errno.ECONNRESET, "over")  # what servers take to mean: answer no more
+
+    response = flask.Response(status=101)
+    response.get_app_iter = lambda environ: iter(run, None)  # runs when the request's context is gone
+    return response
 
 
 # ======================================================================================================
@@ -3338,45 +3377,6 @@ def stream():
     response = flask.Response(body, mimetype=style.mimetype, headers=headers)
     if not full:
         response.call_on_close(broadcaster.leave)
-    return response
-
-
-def accept_handshake() -> bytes:
-    """The answer to the handshake of a WebSocket; Problem where it is none, or not one of ours."""
-    from wsproto.utilities import generate_accept_token
-
-    request, headers = flask.request, flask.request.headers
-    if not request.url_rule.websocket or headers.get("Sec-WebSocket-Version") != "13":
-        raise Problem("upgrade_required", "this is a WebSocket, of version 13")
-    key, offered = headers.get("Sec-WebSocket-Key", ""), split_list(headers.get("Sec-WebSocket-Protocol", ""))
-    if not re.fullmatch(r"[A-Za-z0-9+/]{22}==", key):
-        raise invalid("Sec-WebSocket-Key must be 16 bytes in base64")
-    if offered and SUBPROTOCOL not in offered:
-        raise invalid(f"Sec-WebSocket-Protocol must offer {SUBPROTOCOL}")
-    if request.content_length or "Transfer-Encoding" in headers:
-        raise invalid("a handshake has no body")  # it would be taken for frames
-    chosen = f"Sec-WebSocket-Protocol: {SUBPROTOCOL}\r\n" if offered else ""
-    return SWITCHING.format(generate_accept_token(key.encode()).decode(), chosen).encode()
-
-
-def open_socket():
-    """Take the connection over as a WebSocket. What is wrong is told before that, as to any request."""
-    served, environ, accepted = monitor(), flask.request.environ, accept_handshake()
-    connection = environ.get("monitor.connection") or (environ["werkzeug.socket"], environ["wsgi.input"])
-    may_write = not served.config.tokens or known_client()
-    socket = Socket(served, connection, may_write, session_watch())
-    if not served.broadcaster.join():
-        raise Problem("unavailable", FULL)
-
-    def run() -> None:
-        try:
-            socket.serve(accepted)
-        finally:
-            served.broadcaster.leave()
-        raise ConnectionResetError(errno.ECONNRESET, "over")  # what servers take to mean: answer no more
-
-    response = flask.Response(status=101)
-    response.get_app_iter = lambda environ: iter(run, None)  # runs when the request's context is gone
     return response
 
 
