@@ -647,7 +647,9 @@ async ([address, protocols, messages, count]) => {
   const socket = new WebSocket(address, protocols), heard = [];
   return await new Promise((done) => {
     socket.onopen = () => messages.forEach((message) => socket.send(JSON.stringify(message)));
-    socket.onmessage = ({data}) => { heard.push(JSON.parse(data)); if (heard.length === count) socket.close(1000); };
+    socket.onmessage = ({data}) => {
+      if (heard.push(JSON.parse(data)) === count) socket.close(1000);
+    };
     socket.onclose = ({code, wasClean}) => done({heard, code, wasClean, protocol: socket.protocol});
   });
 }
