@@ -3031,7 +3031,7 @@ class Socket:
     def _keep(self) -> None:
         """Ping the other side, and close where it is dead, its session has ended, or the server ends."""
         broadcaster, pinged = self._served.broadcaster, time.monotonic()
-        with contextlib.suppress(OSError):
+        try:
             while self._end == math.inf:
                 broadcaster.wait(broadcaster.head, NOTHING)
                 if broadcaster.closed:
@@ -3043,6 +3043,8 @@ class Socket:
                 elif time.monotonic() - pinged >= PING_SECONDS:
                     self._pings, pinged = self._pings + 1, time.monotonic()
                     self._send(PING_FRAME)
+        except (OSError, Problem):
+            self._cut()
 
     def _receive(self, data: bytes) -> bool:
         """Take in frames; False when all is said. What breaks the rules comes from wsproto as a close with
@@ -3087,9 +3089,11 @@ class Socket:
             told = '"ok":' + getattr(self, operation)(**clean(message, SOCKET_FIELDS[operation]))
         except Problem as problem:
             told = '"error":' + dump(problem.body())
-        self._send(text_frame(f'{{"id":{dump(name)},{told}}}'.encode()))
-        for thread in self._subscriptions.values():
-            thread.ident or thread.start()
+        try:
+            self._send(text_frame(f'{{"id":{dump(name)},{told}}}'.encode()))
+        finally:  # what was counted must run, to be counted out
+            for thread in self._subscriptions.values():
+                thread.ident or thread.start()
         return None
 
     def subscribe(self, sub: str, after: Any = None, stream: Any = None, filter: Any = None) -> str:
@@ -3145,7 +3149,11 @@ def accept_handshake() -> bytes:
     from wsproto.utilities import generate_accept_token
 
     request, headers = flask.request, flask.request.headers
-    if not request.url_rule.websocket or headers.get("Sec-WebSocket-Version") != "13":
+    if (
+        request.method != "GET"
+        or not request.url_rule.websocket
+        or headers.get("Sec-WebSocket-Version") != "13"
+    ):
         raise Problem("upgrade_required", "this is a WebSocket, of version 13")
     key, offered = headers.get("Sec-WebSocket-Key", ""), split_list(headers.get("Sec-WebSocket-Protocol", ""))
     if not re.fullmatch(r"[A-Za-z0-9+/]{22}==", key):
