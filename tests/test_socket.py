@@ -42,6 +42,11 @@ class Client(websocket.WebSocket):
         self.kept, self.numbers = [], itertools.count(1)
         self.connect(f"ws://127.0.0.1:{server.port}/api/ws", **options)
 
+    def close(self, *_) -> None:
+        """Close it, also when the server has done so: the library leaves its file open then."""
+        super().close()
+        self.shutdown()
+
     def next(self) -> dict:
         """The next message, whatever it is."""
         opcode, data = self.recv_data()
