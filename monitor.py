@@ -3170,11 +3170,8 @@ def accept_handshake() -> bytes:
     from wsproto.utilities import generate_accept_token
 
     request, headers = flask.request, flask.request.headers
-    if (
-        request.method != "GET"
-        or not request.url_rule.websocket
-        or headers.get("Sec-WebSocket-Version") != "13"
-    ):
+    upgrade = request.method == "GET" and request.url_rule.websocket
+    if not upgrade or headers.get("Sec-WebSocket-Version") != "13":
         raise Problem("upgrade_required", "this is a WebSocket, of version 13")
     key, offered = headers.get("Sec-WebSocket-Key", ""), split_list(headers.get("Sec-WebSocket-Protocol", ""))
     if not re.fullmatch(r"[A-Za-z0-9+/]{22}==", key):
