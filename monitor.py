@@ -23,7 +23,8 @@ The file, top to bottom (each section has a banner of its own):
     monitor      the operations: everything that API, pages and commands do
     guard        who may ask: Host, Origin, bearer token
     socket       the WebSocket: several subscriptions, and updates, over one connection
-    web          the API's handlers, stream, pages
+    web          the API and the stream, thin over the operations
+    pages        what a browser shows, its forms and files
     mcp          for agents: the Model Context Protocol and its tools, what to know at the start
     app          all routes, errors, what every answer has, create_app()
     server       the WSGI server with limits and time-outs, gevent first, threads without it
@@ -53,6 +54,7 @@ import os
 import random
 import re
 import secrets
+import shlex
 import sqlite3
 import stat
 import sys
@@ -1275,7 +1277,7 @@ JSON_COLUMNS = ("metadata", "attention", "ci", "pull_requests")
 COLUMNS = "id name status created_at updated_at metadata"
 WORKSTREAM = Kind("workstream", "workstreams", "workstreams", COLUMNS, NEW_WORKSTREAM, WORKSTREAM_CHANGES)
 COLUMNS += " number workstream_id summary_text summary_updated_at summary_source hidden_at attention"
-COLUMNS += " ci pull_requests"
+COLUMNS += " ci pull_requests status_since"
 TASK = Kind("task", "tasks", "task_rows", COLUMNS, NEW_TASK, TASK_CHANGES)
 
 
@@ -1483,6 +1485,29 @@ class Queries:
         problems += [f"a row of {row[0]} points to a missing {row[2]}" for row in strays]
         faults = self.rows("SELECT * FROM faults WHERE n > 0")
         return problems + [f"{row['n']} {row['what']}" for row in faults]
+
+    def activity(self, seconds: int, count: int, task: int | None = None) -> dict[str, dict[int, Any]]:
+        """How much happened in the last `count` spans of so many seconds: for each task (or one) by its id,
+        for each span that is not empty by its place, `updates`, `errors` among them, and the `last` seq."""
+        first = int(time.time()) // seconds - count + 1
+        sql = f"""
+            SELECT tasks.id, strftime('%s', timestamp) / :seconds - :first AS span, COUNT(*) AS updates,
+                   SUM(level IS 'error') AS errors, MAX(seq) AS last
+            FROM updates JOIN tasks ON number = task
+            WHERE seq >= (SELECT seq FROM updates WHERE timestamp >= :since ORDER BY timestamp LIMIT 1)
+              AND timestamp >= :since AND {"TRUE" if task is None else "task = :task"}
+            GROUP BY tasks.id, span
+        """
+        since = timestamp(datetime.datetime.fromtimestamp(first * seconds, datetime.UTC))
+        found: dict[str, dict[int, Any]] = {}
+        for row in self.rows(sql, since=since, seconds=seconds, first=first, task=task):
+            found.setdefault(row["id"], {})[row["span"]] = row
+        return found
+
+    def changes(self, task: int, after: int, before: int) -> list[dict[str, Any]]:
+        """What was done to a task between two places of the log: its status, name or workstream changed."""
+        sql = "SELECT * FROM task_changes WHERE task = :task AND seq > :after AND seq < :before"
+        return [dict(row) for row in self.rows(sql, task=task, after=after, before=before)]
 
     def newest_of_tasks(self) -> dict[str, str]:
         """The JSON of each task's newest update, by the task's id."""
@@ -1793,8 +1818,9 @@ class Transaction(Queries):
 BUSY_SECONDS = 5  # how long a write waits for another process that holds the lock
 BATCH_OPERATIONS = 256
 APPLICATION_ID = 0x4D4F4E49  # "MONI" in the file's header: tells our file from any other database
-SCHEMA_VERSION = 1
-MIGRATIONS: dict[int, str] = {}  # version: the statements that lead to it from the one before
+SCHEMA_VERSION = 2
+# By version the statements that lead to it from the one before: schema.sql ends with them.
+MIGRATIONS = {2: asset("schema.sql").decode().partition("-- Version 2\n")[2]}
 
 
 def thread_pool(size: int) -> Callable[..., Any]:
@@ -3206,7 +3232,7 @@ def open_socket():
 
 
 # ======================================================================================================
-# web: the API's handlers, stream, pages
+# web: the API and the stream
 # ======================================================================================================
 
 PAGE_HEADERS = {
@@ -3224,8 +3250,11 @@ MEDIA_TYPES = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml
 COMPRESSED = ("text/html", *MEDIA_TYPES.values())
 PAGE_ROWS = 100
 FILE_ROWS = 10_000  # of a download: the newest
-TASK_FILTER = "group status workstream_id attention q include_hidden include_archived"
-THREAD_FILTER = "before_seq around level source kind tag q task_id workstream_id"
+LANES, LANE_ROWS = 6, 20
+HOUR, DAY = (300, 12), (3600, 24)  # of strips: seconds of a span, and how many
+DASHBOARD_ROWS = 200  # shared by its groups
+TASK_FILTER = "group status workstream_id attention source q include_hidden include_archived all"
+THREAD_FILTER = "before_seq around seen level source kind tag q task_id workstream_id layout pin fixed"
 FILE_TYPES = {"md": "text/markdown", "json": "application/json", "ndjson": "application/x-ndjson"}
 TOOL_KINDS = ("tool_use", "tool_failure", "file_change")
 
@@ -3431,6 +3460,11 @@ def prune_updates():
     return answer(dump({"pruned": done, "left": left}))
 
 
+# ======================================================================================================
+# pages: what a browser shows, its forms and files
+# ======================================================================================================
+
+
 def log_in():
     """Open a browser session for a token; a fixed number of wrong tries a minute."""
     served, posted = monitor(), form(["token", "next"])
@@ -3503,25 +3537,29 @@ def dashboard(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
     """The tasks that the filters leave, each with its newest update; and for each filter, how many tasks each
     of its values would leave beside the other filters."""
     scope = {name: wanted[name] for name in ("q", "include_hidden", "include_archived") if name in wanted}
-    chosen = {name: wanted[name] for name in ("status", "attention") if name in wanted}
+    chosen = {name: [wanted[name]] for name in ("status", "source") if name in wanted}
+    chosen |= {"attention": wanted["attention"]} if "attention" in wanted else {}
     if "workstream_id" in wanted:
-        chosen["workstream_id"] = q.one(WORKSTREAM, wanted["workstream_id"])["id"]
-    newest, tasks = q.newest_of_tasks(), []
-    counts: dict[str, Any] = {name: Counter() for name in ("status", "attention", "workstream_id")}
+        chosen["workstream_id"] = [q.one(WORKSTREAM, wanted["workstream_id"])["id"]]
+    newest, strips, tasks = q.newest_of_tasks(), q.activity(*HOUR), []
+    counts: dict[str, Any] = {n: Counter() for n in ("status", "attention", "source", "workstream_id")}
     for task in q.tasks(scope):
+        last = json.loads(newest.get(task["id"], "null"))
         values = task | {"attention": task.get("attention", {}).get("state")}
+        values["source"] = last["source"].partition(":")[0] if last else None
         missed = {name for name in chosen if values[name] not in chosen[name]}
         for name, count in counts.items():
             count[values[name]] += missed <= {name}
         if not missed:
-            last = newest.get(task["id"])
-            tasks.append(task | {"last": json.loads(last) if last else None})
-    return {"workstreams": q.workstreams(scope), "tasks": tasks, "counts": counts, "chosen": chosen}
+            seq = last["seq"] if last else 0
+            tasks.append(task | {"last": last, "strip": strips.get(task["id"]), "seq": seq})
+    found = {"workstreams": q.workstreams(scope), "tasks": tasks, "counts": counts, "chosen": chosen}
+    return found | {"rows": MAX_INTEGER if wanted.get("all") else DASHBOARD_ROWS}
 
 
 def thread(q: Queries, chosen: Filter, wanted: dict[str, Any]) -> dict[str, Any]:
     """One page of updates for a template, newest first, and the seq before which older ones are. `around` a
-    seq, it stands in the middle."""
+    seq, it stands in the middle. After the last `seen`, how many are new, and skipped by this page."""
     wanted = {"limit": PAGE_ROWS} | wanted | {"order": "desc", "total": False}
     if "around" in wanted:
         after = {"after_seq": max(0, wanted["around"] - 1), "limit": PAGE_ROWS // 2, "total": False}
@@ -3530,7 +3568,21 @@ def thread(q: Queries, chosen: Filter, wanted: dict[str, Any]) -> dict[str, Any]
     updates = [json.loads(body) for body in q.updates(chosen, wanted)[0]]
     last = updates[-1]["seq"] if updates else 0
     more = q.updates(chosen, wanted | {"before_seq": last, "limit": 1})[0]
-    return {"updates": updates, "older": last if more else None, "query": wanted.get("q", "")}
+    seen = wanted.get("seen", MAX_INTEGER)
+    news = q.updates(chosen, wanted | {"after_seq": seen, "limit": 1, "total": True})[1]
+    found = {"news": news, "skipped": news - sum(update["seq"] > seen for update in updates)}
+    return found | {"updates": updates, "older": last if more else None, "query": wanted.get("q", "")}
+
+
+def lanes(q: Queries, wanted: dict[str, Any], updates: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tasks that stand beside each other, pinned ones first, then the latest, each with its updates."""
+    pinned = [TASK.make(row) for pin in split_list(wanted.get("pin", "")) if (row := q.find(TASK, pin))]
+    tasks = {task["id"]: task for task in [*pinned, *(update["task"] for update in updates)]}
+    newest, found = wanted | {"order": "desc", "limit": LANE_ROWS, "total": False}, []
+    for task in list(tasks.values())[:LANES]:
+        bodies, _ = q.updates(q.filter(wanted | {"task_id": task["id"]}), newest)
+        found.append({"task": task, "updates": list(map(json.loads, bodies))})
+    return found
 
 
 def folded(updates: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -3561,8 +3613,13 @@ def one_task(q: Queries, wanted: dict[str, Any], reference: str) -> dict[str, An
     found = {"task": TASK.make(row), "workstream": workstream, "workstreams": q.workstreams({})}
     of_task = {"task_id": row["id"]}
     found |= {"runs": q.of_task("session_rows", of_task), "links": q.of_task("link_rows", of_task)}
-    total = q.updates(Filter(task=row["number"]), {"limit": 1})[1]
-    return found | {"total": total} | thread(q, chosen, wanted)
+    found["total"] = q.updates(Filter(task=row["number"]), {"limit": 1})[1]
+    found["strip"] = q.activity(*DAY, row["number"]).get(row["id"])
+    found |= thread(q, chosen, wanted)
+    before = wanted.get("before_seq", MAX_INTEGER)
+    if "around" in wanted and found["updates"]:
+        before = found["updates"][0]["seq"]
+    return found | {"changes": q.changes(row["number"], found["older"] or 0, before)}
 
 
 def whole_thread(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -3571,7 +3628,7 @@ def whole_thread(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
     tasks = {task["id"]: task for task in q.tasks({"include_hidden": True, "include_archived": True})}
     for update in found["updates"]:
         update["task"] = tasks.get(update["task_id"])
-    return found
+    return found | ({"lanes": lanes(q, wanted, found["updates"])} if wanted.get("layout") == "lanes" else {})
 
 
 def download(text: str, name: str, style: str):
@@ -3910,6 +3967,7 @@ ROUTES = (  # an answer of one expression stands here
     ("GET", "/needs", lambda: show_page("needs.html", lambda q, wanted: {}, "")),
     ("GET", "/palette", lambda: show_page("palette.html", palette, "")),
     ("POST", "/workstreams", lambda: take_form("/dashboard", WORKSTREAM)),
+    ("POST", "/workstreams/<reference>", lambda **named: take_form("/dashboard", WORKSTREAM, **named)),
     ("POST", "/tasks", lambda: take_form("/tasks/{id}", TASK)),
     ("POST", "/tasks/<reference>", lambda **named: take_form("/tasks/{id}", TASK, **named)),
     ("POST", "/tasks/<reference>/updates", add_update_form),
@@ -3999,6 +4057,7 @@ def create_app(config: Config | None = None):
     app = flask.Flask("monitor", static_folder=None, template_folder=None)
     app.jinja_loader = jinja2.FunctionLoader(lambda name: asset("templates", name).decode())
     app.jinja_env.filters |= {"age": age, "brief": brief, "folded": folded, "marked": marked}
+    app.jinja_env.filters["quote"] = shlex.quote
     app.extensions["monitor"] = Monitor(config or Config.load())
     app.before_request(guard)
     app.before_request(read_path)

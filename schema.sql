@@ -326,3 +326,29 @@ CREATE VIEW faults (n, what) AS
         WHERE seq NOT IN (SELECT id FROM update_search_docsize)
     UNION ALL SELECT COUNT(*), 'entries of the search index belong to no update' FROM update_search_docsize
         WHERE id NOT IN (SELECT seq FROM updates);
+
+-- What follows came later: a fresh database gets it, too, and an older one only this.
+-- Version 2
+ALTER TABLE tasks ADD COLUMN status_since TEXT; -- NULL: since it was made
+UPDATE tasks SET status_since = updated_at WHERE status <> 'active';
+CREATE TRIGGER task_status_changed AFTER UPDATE OF status ON tasks WHEN old.status <> new.status BEGIN
+    UPDATE tasks SET status_since = new.updated_at WHERE number = new.number;
+END;
+
+-- What was done to tasks, each event of the log beside the one before it: a few of its rows, hence the index.
+CREATE INDEX log_of_tasks ON log (task, seq) WHERE event IN ('task_created', 'task_updated');
+CREATE VIEW task_changes AS
+    SELECT seq, task, json_extract(body, '$.updated_at') AS timestamp,
+           json_extract(body, '$.status') AS status, json_extract(earlier, '$.status') AS old_status,
+           json_extract(body, '$.name') AS name, json_extract(earlier, '$.name') AS old_name,
+           (SELECT name FROM workstreams WHERE number = workstream) AS workstream,
+           (SELECT name FROM workstreams WHERE id = json_extract(earlier, '$.workstream_id')) AS old_workstream
+    FROM (SELECT now.*, (SELECT body FROM log AS old
+                         WHERE old.task = now.task AND old.seq < now.seq
+                           AND old.event IN ('task_created', 'task_updated')
+                         ORDER BY old.seq DESC LIMIT 1) AS earlier
+          FROM log AS now WHERE now.event IN ('task_created', 'task_updated'))
+    WHERE earlier IS NOT NULL
+      AND (json_extract(body, '$.status'), json_extract(body, '$.name'), json_extract(body, '$.workstream_id'))
+       <> (json_extract(earlier, '$.status'), json_extract(earlier, '$.name'),
+           json_extract(earlier, '$.workstream_id'));

@@ -74,6 +74,8 @@ class Page(HTMLParser):
         self.feed(text)
         self.close()
         assert self.inside is self.root, f"<{self.inside.tag}> is not closed"
+        ids = [element["id"] for element in self.all() if element["id"]]
+        assert len(ids) == len(set(ids)), f"ids that stand twice: {[id for id in ids if ids.count(id) > 1]}"
 
     def handle_starttag(self, tag, attrs) -> None:
         element = Element(tag, attrs, self.inside)
@@ -162,6 +164,11 @@ def fill_in(server: Server, path: str, *names: str, **entries: str) -> str:
     assert response.status_code == 303, response.text
     assert response.headers["Location"].startswith("/")
     return response.headers["Location"]
+
+
+def in_html(timestamp: str) -> str:
+    """A time as a `time` element has it: HTML knows no microseconds."""
+    return timestamp[:23] + "Z"
 
 
 def page_of(task: dict) -> str:
@@ -257,7 +264,7 @@ def test_a_task_page_shows_its_updates_newest_first(server, story):
     assert "first words" in rows[-1].text
     for words in ("last words", "in two lines", "decision", "warn", "api", "two words", "manual", '"depth"'):
         assert words in rows[0].text
-    assert story["update"]["timestamp"] in [moment["datetime"] for moment in rows[0].all("time")]
+    assert in_html(story["update"]["timestamp"]) in [moment["datetime"] for moment in rows[0].all("time")]
 
 
 def test_a_task_page_is_found_by_number_and_by_the_first_digits(server, story):
@@ -322,6 +329,176 @@ def test_older_updates_are_a_link_away(server, long_thread, of_task):
         assert (seen[::-1], path) == (numbers, None)
 
 
+def strip_of(row: Element) -> str:
+    """What the strip in a row says."""
+    return " ".join(strip["aria-label"] for strip in row.all("svg"))
+
+
+def test_rows_show_the_activity_of_the_last_hour_and_for_how_long_a_state_lasts(server):
+    task, quiet = server.new_task("a busy task"), server.new_task("a quiet task")
+    for level in ("info", "error", "info"):
+        server.say(task, "at work", level=level)
+    changed = server.ask("PATCH", f"/api/tasks/{task['id']}", {"status": "blocked"}).json()
+    server.ask("PATCH", f"/api/tasks/{task['id']}", {"name": "a busy one"})
+    rows = {item["id"]: item for item in look(server, "/dashboard").all("li")}
+    row, other = rows[f"t{task['number']}"], rows[f"t{quiet['number']}"]
+    assert strip_of(row) == "The last hour: 3 updates, 1 error"
+    assert [path["class"] for path in row.all("svg")[0].all("path")] == ["base", "", "bad"]
+    assert strip_of(other) == ""
+    assert row.all("time")[0]["datetime"] == in_html(changed["updated_at"])
+    assert other.all("time")[0]["datetime"] == in_html(quiet["created_at"])
+    times = [each["datetime"] for each in look(server, page_of(task)).all("time")]
+    assert in_html(changed["updated_at"]) in times
+
+
+def test_the_strip_of_a_task_leads_to_the_newest_update_of_each_hour(server, task):
+    server.say(task, "early", level="error")
+    newest = server.say(task, "late")
+    (strip,) = [svg for svg in look(server, page_of(task)).all("svg") if svg["class"] == "day-strip"]
+    link = strip.all("a")[-1]
+    assert link["href"] == f"{page_of(task)}?around={newest['seq']}#u{newest['seq']}"
+    assert "this hour" in link["aria-label"] and "update" in link["aria-label"]
+    assert "late" in look(server, link["href"].partition("#")[0]).main
+
+
+def test_what_was_done_to_a_task_stands_in_its_thread(server, task):
+    server.say(task, "before")
+    server.ask("PATCH", f"/api/tasks/{task['id']}", {"status": "done"})
+    server.ask("PATCH", f"/api/tasks/{task['id']}", {"summary_text": "not told"})
+    home = server.post("/api/workstreams", name="its new home")["id"]
+    server.ask("PATCH", f"/api/tasks/{task['id']}", {"workstream_id": home, "name": "its new name"})
+    server.say(task, "after", tags=["t"])
+    page = look(server, page_of(task))
+    rows = [item for item in page.all("li") if item["id"][:1] in ("u", "c")]
+    assert [row["class"].strip() for row in rows] == ["update", "change", "change", "update"]
+    assert "active → ✓ done" in rows[2].text
+    assert "renamed, was a task" in rows[1].text
+    assert "moved from a workstream to its new home" in rows[1].text
+    assert "not told" not in [row.text for row in rows]
+    (_, first) = [row["id"][1:] for row in rows if row["class"].strip() == "update"]
+    older = look(server, f"{page_of(task)}?before_seq={int(first) + 1}")
+    assert "change" not in [item["class"] for item in older.all("li")]
+    filtered = look(server, page_of(task) + "?tag=t")
+    assert "change" not in [item["class"] for item in filtered.all("li")]
+
+
+def test_a_change_stands_on_one_page_of_a_long_thread_only(server):
+    task = server.new_task("a thread of two pages")
+    for number in range(120):
+        server.say(task, f"word {number}")
+        if number == 10:
+            server.ask("PATCH", f"/api/tasks/{task['id']}", {"status": "done"})
+    page = look(server, page_of(task))
+    assert "change" not in [item["class"] for item in page.all("li")]
+    (older,) = [link["href"] for link in page.all("a") if "Older" in link.text]
+    assert [item["class"] for item in look(server, older).all("li")].count("change") == 1
+
+
+def test_of_many_tasks_those_with_news_are_shown_and_a_link_leads_to_all(fresh):
+    server = fresh()
+    task = server.new_task()
+    tasks = [task] + [server.new_task(f"task {n}", task["workstream_id"]) for n in range(209)]
+    server.say(task, "news of the oldest")
+    page = look(server, "/dashboard")
+    rows = [item for item in page.all("li") if "task" in item["class"].split()]
+    assert len(rows) == 200 and rows[0]["id"] == f"t{task['number']}"
+    (link,) = [link for link in page.all("a") if link.text == "10 more tasks"]
+    shown = look(server, link["href"])
+    assert len([item for item in shown.all("li") if "task" in item["class"].split()]) == len(tasks)
+
+
+# The layouts of the stream -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def busy(tmp_path_factory):
+    """A server with eight tasks, each with three updates of its own, the last with 30 more."""
+    running = Server(tmp_path_factory.mktemp("busy") / "monitor.db")
+    workstream = running.post("/api/workstreams", name="busy")["id"]
+    tasks = [running.new_task(f"task of lane {n}", workstream) for n in range(1, 9)]
+    for task in tasks:
+        for level in ("info", "warn", "info"):
+            running.say(task, f"{level} of lane {task['number']}", level=level)
+    for number in range(30):
+        running.say(tasks[-1], f"flood {number}")
+    yield running
+    running.stop()
+
+
+def lanes_of(page: Page) -> list[int]:
+    """The numbers of the tasks that have a lane, as they stand."""
+    return [int(part["id"][1:]) for part in page.all("section") if re.fullmatch(r"l\d+", part["id"])]
+
+
+def test_a_lane_a_task_at_most_six_the_latest_first(busy):
+    page = look(busy, "/stream?layout=lanes")
+    assert lanes_of(page) == [8, 7, 6, 5, 4, 3]
+    rows = [len([li for li in lane.all("li") if li["id"][:1] == "u"]) for lane in page.all("section")]
+    assert rows == [20, 3, 3, 3, 3, 3]
+
+
+def test_lanes_are_pinned_and_keep_their_places(busy):
+    page = look(busy, "/stream?layout=lanes&pin=1,5")
+    assert lanes_of(page) == [1, 5, 8, 7, 6, 4]
+    (pinned,) = [link for link in page.all("a") if link["aria-label"] == "Unpin #1"]
+    assert "pin=5" in pinned["href"]
+    (pin,) = [link for link in page.all("a") if link["aria-label"] == "Pin #8"]
+    assert lanes_of(look(busy, pin["href"])) == [1, 5, 8, 7, 6, 4]
+    assert lanes_of(look(busy, "/stream?layout=lanes&pin=1&fixed=true")) == [1, 4, 5, 6, 7, 8]
+    assert lanes_of(look(busy, "/stream?layout=lanes&pin=99999,zz")) == [8, 7, 6, 5, 4, 3]
+
+
+def test_lanes_and_groups_hold_what_the_filters_leave(busy):
+    page = look(busy, "/stream?layout=lanes&level=warn&pin=2")
+    assert lanes_of(page)[0] == 2
+    assert "warn of lane 2" in page.main and "info of lane 2" not in page.main
+    grouped = look(busy, "/stream?layout=grouped&level=warn")
+    heads = [part.all("h2")[0].text for part in grouped.all("section")]
+    assert heads == [f"#{n} task of lane {n}" for n in range(8, 0, -1)]
+    assert "info of lane" not in grouped.main
+
+
+def test_what_came_since_is_counted_and_what_a_page_skips_is_linked(busy):
+    seqs = [update["seq"] for update in busy.get("/api/updates", limit=200)["items"]]
+    first = busy.get("/api/updates", limit=1)["items"][0]["seq"]
+    page = look(busy, f"/stream?seen={first}")
+    (news,) = [part for part in page.all("p") if part["id"] == "news"]
+    assert news["data-count"] == str(len(seqs) - 1)
+    assert not [part for part in page.all("p") if part["id"] == "skipped"]
+    task = busy.get("/api/tasks")["items"][-1]
+    for number in range(120):
+        busy.say(task, f"burst {number}", tags=["burst"])
+    (skipped,) = [part for part in look(busy, f"/stream?seen={seqs[-1]}").all("p") if part["id"] == "skipped"]
+    assert skipped.text.startswith("Skipped 20 updates")
+    rest = look(busy, skipped.all("a")[0]["href"])
+    assert (
+        "burst 19" in rest.main and "burst 20" not in rest.main and "seen" not in skipped.all("a")[0]["href"]
+    )
+    (few,) = [
+        part for part in look(busy, f"/stream?tag=none&seen={seqs[-1]}").all("p") if part["id"] == "news"
+    ]
+    assert few["data-count"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("query", "line"),
+    [
+        ("?layout=lanes&before_seq=99999", ""),
+        ("?task_id=8&level=warn&source=manual&kind=&fixed=true", " --task 8 --source manual --level warn"),
+        ("?tag=two+words&tag=it%27s", " --tag 'two words' --tag 'it'\"'\"'s'"),
+        ("?workstream_id=1234abcd&kind=$(reboot)", " --workstream 1234abcd --kind '$(reboot)'"),
+    ],
+)
+def test_the_stream_page_tells_the_command_that_follows_the_same(busy, query, line):
+    shown = look(busy, "/stream" + query).all("pre")[0].raw.splitlines()
+    assert shown[0] == f"monitor watch --server {busy.url}{line}"
+    assert shown[1].startswith("curl -s ") and "layout" not in shown[1] + shown[2]
+
+
+def test_a_search_is_followed_by_no_command(busy):
+    assert "monitor watch" not in look(busy, "/stream?q=flood").main
+
+
 # What they filter --------------------------------------------------------------------------------------
 
 
@@ -360,6 +537,22 @@ def crowd(tmp_path_factory):
     assert running.stop() == 0
 
 
+def test_a_question_stands_there_verbatim_with_who_asks_and_since_when(fresh):
+    server, command = (
+        fresh(),
+        "make deploy " + "\n".join(f"step {number} " + "x" * 60 for number in range(60)),
+    )
+    hook = {"session_id": "5a5a5a5a-2", "cwd": "/tmp/x", "hook_event_name": "PermissionRequest"}
+    hook |= {"tool_name": "Bash", "tool_input": {"command": command}}
+    server.ask("POST", "/api/hooks/claude", hook)
+    asked = server.get("/api/tasks")["items"][0]["attention"]
+    (row,) = [item for item in look(server, "/dashboard").all("li") if item["id"] == "a1"]
+    parts = [part.raw for part in row.all("div") if part["class"] == "message"]
+    assert "".join(parts) == asked["message"] and len(asked["message"]) > 600
+    assert "claude:5a5a5a5a" in row.text
+    assert in_html(asked["since"]) in [moment["datetime"] for moment in row.all("time")]
+
+
 def names_on(page: Page) -> list[str]:
     """The tasks in the dashboard's rows, in order."""
     rows = [item for item in page.all("li") if item["class"].startswith("task ")]
@@ -383,6 +576,8 @@ def names_on(page: Page) -> list[str]:
             "?include_hidden=true&include_archived=true&group=none",
             ["open pears", "stuck plums", "open plums", "hidden nuts", "archived peas", "eaten figs"],
         ),
+        ("?source=claude", ["open pears"]),
+        ("?source=claud", []),
         ("?q=melons", []),
     ],
 )
@@ -571,12 +766,30 @@ def test_a_workstream_and_a_task_are_made_by_form(server):
     (group,) = [
         section for section in page.all("section") if "made by form" in section.text.partition("0 open")[0]
     ]
-    (form,) = group.all("form")
+    (form,) = [form for form in group.all("form") if form["action"] == "/tasks"]
     response = send(server, form["action"], filled(form, name="a task by form"))
     assert response.status_code == 303
     task = server.get("/api" + response.headers["Location"])
     assert (task["name"], task["status"]) == ("a task by form", "active")
     assert "a task by form" in look(server, response.headers["Location"]).main
+
+
+def test_a_workstream_is_renamed_archived_and_taken_back_by_form(fresh):
+    server = fresh()
+    task = server.new_task()
+    place = f"/workstreams/{task['workstream_id']}"
+
+    def fill(path: str, **entries: str) -> Page:
+        forms = [form for form in look(server, path).all("form") if form["action"] == place]
+        (form,) = [
+            form for form in forms if entries.keys() <= {one["name"] for one in form.all("input", "button")}
+        ]
+        assert send(server, place, filled(form, **entries)).headers["Location"] == "/dashboard"
+        return look(server, "/dashboard")
+
+    assert "a better name" in fill("/dashboard", name="a better name").main
+    assert "a better name" not in fill("/dashboard", status="archived").main
+    assert "a better name" in fill("/dashboard?include_archived=true", status="active").main
 
 
 @pytest.mark.parametrize("status", ["blocked", "done", "cancelled"])
@@ -931,7 +1144,8 @@ def test_every_page_has_its_landmarks(every_page):
     for path, page in every_page.items():
         (html,) = page.all("html")
         assert html["lang"] == "en"
-        assert [len(page.all(tag)) for tag in ("title", "main", "h1")] == [1, 1, 1], path
+        assert len(page.all("head")[0].all("title")) == 1, path  # a picture may have one, too
+        assert [len(page.all(tag)) for tag in ("main", "h1")] == [1, 1], path
         assert page.all("title")[0].text.endswith("Monitor")
         levels = [int(heading.tag[1]) for heading in page.all("h1", "h2", "h3", "h4")]
         assert all(after <= before + 1 for before, after in pairwise(levels)), path

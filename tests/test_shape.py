@@ -18,8 +18,8 @@ TREE = ast.parse(SOURCE)
 
 SOURCES = ("redaction", "agents", "github")  # payload -> Draft: pure, and free of the rest of us
 STORE = ("store", "database")  # the statements, and the connections that run them
-WEB_SIDE = ("guard", "socket", "web", "mcp", "app")
 COMMAND_LINE = ("cli", "commands")
+WEB_SIDE = ("guard", "socket", "web", "pages", "mcp", "app")
 LOADED_LATE = {"flask", "gevent", "jinja2", "requests", "urllib3", "werkzeug", "wsproto"}
 DISPLAYS = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
 MUTABLE_TYPES = {"list", "dict", "set", "deque", "defaultdict", "Counter", "bytearray"}

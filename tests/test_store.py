@@ -282,6 +282,26 @@ def test_an_older_database_is_copied_beside_itself_and_brought_up(path, old, mon
         assert len([file for file in path.parent.iterdir() if ".backup" in file.name]) == 1
 
 
+def test_a_database_of_version_1_gets_what_came_later(path):
+    """The same schema as a fresh one; a task that is over has been so since it was last changed."""
+    schema = "SELECT type, name, sql FROM sqlite_schema ORDER BY 1, 2"
+    with opened(path) as m:
+        task = new_task(m)
+        done = json.loads(m.change(monitor.TASK, task["id"], {"status": "done"}))
+    fresh = execute(path, schema)
+    away = ["VIEW task_changes", "INDEX log_of_tasks", "TRIGGER task_status_changed"]
+    older = [f"DROP {thing}" for thing in away]
+    execute(path, *older, "ALTER TABLE tasks DROP COLUMN status_since", "PRAGMA user_version = 1")
+    with opened(path) as m:
+        (found,) = m.store.read(lambda q: q.tasks({}))
+        assert found["status_since"] == done["updated_at"]
+        assert [row["old_status"] for row in m.store.read(lambda q: q.changes(1, 0, 10**9))] == ["active"]
+        again = json.loads(m.change(monitor.TASK, task["id"], {"status": "active"}))
+        assert again["status_since"] == again["updated_at"] > done["updated_at"]
+    assert execute(path, schema) == fresh
+    assert execute(path, "PRAGMA user_version") == [(monitor.SCHEMA_VERSION,)]
+
+
 @pytest.mark.parametrize("good_steps", [0, 1])
 def test_a_failed_migration_leaves_the_old_database(path, old, monkeypatch, good_steps):
     """All of it, and free: the program of before still works on it."""
