@@ -607,7 +607,7 @@ def test_in_relaxed_mode_a_socket_without_a_token_may_read_but_not_write(kept, t
     fields = {"task_id": task["id"], "source": "s", "message": "m"}
     assert client.refused("update", update=fields)["error"] == "unauthorized"
     assert client.refused("update", update={})["error"] == "unauthorized"
-    assert kept.get("/api/updates")["total"] == 0
+    assert kept.get("/api/updates", task_id=task["id"])["total"] == 0
     writer = talk(kept, subprotocols=["monitor.v1", bearer(TOKEN)])
     assert writer.subprotocol == "monitor.v1"
     assert writer.do("update", update=fields)["message"] == "m"
