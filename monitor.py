@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "flask>=3.1.3", "werkzeug>=3.1.6", "flask-sock>=0.7", "gevent>=25.4.1", "click>=8.2", "requests>=2.32.4"
+#     "flask>=3.1.3", "werkzeug>=3.1.6", "wsproto>=1.2", "gevent>=25.4.1", "click>=8.2", "requests>=2.32.4"
 # ]
 # ///
 """Monitor: a local-first monitor of development work.
@@ -23,6 +23,7 @@ The file, top to bottom (each section has a banner of its own):
     monitor      the operations: everything that API, pages and commands do
     guard        who may ask: Host, Origin, bearer token
     schema       the routes as an OpenAPI document, made from the tables that check what they are given
+    socket       the WebSocket: several subscriptions, and updates, over one connection
     web          the API and the stream, thin over the operations
     pages        what a browser shows, its forms and files
     mcp          for agents: the Model Context Protocol and its tools, what to know at the start
@@ -35,6 +36,7 @@ The file, top to bottom (each section has a banner of its own):
 
 from __future__ import annotations
 
+import base64
 import binascii
 import contextlib
 import dataclasses
@@ -48,6 +50,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -105,7 +108,8 @@ def asset(*parts: str) -> bytes:
 STATUS_OF = {
     "invalid_input": 400, "unauthorized": 401, "forbidden": 403, "not_found": 404, "method_not_allowed": 405,
     "timed_out": 408, "conflict": 409, "too_large": 413, "unsupported_media_type": 415,
-    "too_many_requests": 429, "internal_error": 500, "server_misconfigured": 500, "unavailable": 503,
+    "upgrade_required": 426, "too_many_requests": 429, "internal_error": 500,
+    "server_misconfigured": 500, "unavailable": 503,
 }  # fmt: skip
 
 
@@ -473,6 +477,13 @@ STREAM_QUERY = STREAM_FILTER | fields("view format poll stream") | CURSORS
 HOOK_QUERY = fields("event") | {"task_id": FIELDS["named_task"]}
 PATH = {"reference": FIELDS["task_id"], "seq": FIELDS["seq"]}
 PATH["agent"] = Field("choice", {"enum": [*AGENTS]}, "The agent.")
+SOCKET_OPERATION = fields("op!")
+SOCKET_FIELDS = {
+    "subscribe": fields("sub! after stream filter"),
+    "unsubscribe": fields("sub!"),
+    "update": fields("update! key"),
+    "ping": {},
+}
 
 
 def clean(payload: Any, fields: Fields) -> dict[str, Any]:
@@ -484,6 +495,13 @@ def clean(payload: Any, fields: Fields) -> dict[str, Any]:
         raise invalid(f"{missing[0]} is missing", missing[0])
     given = {name: payload[name] for name in fields if payload.get(name) is not None}
     return {name: fields[name].check(value, name) for name, value in given.items()}
+
+
+def check_key(key: str | None) -> str | None:
+    """An idempotency key, or none."""
+    if key is not None and not re.fullmatch(r"[\x20-\x7e]{1,200}", key):
+        raise invalid("Idempotency-Key must be 1 to 200 printable ASCII characters")
+    return key
 
 
 # ======================================================================================================
@@ -2197,9 +2215,17 @@ class Broadcaster:
             self._frames: list[Frame] = []
             self._bytes, self._newest = 0, (-1, -1, [])  # from, head, frames: what `after` found last
 
+    def join(self) -> bool:
+        """Count a new stream; False when there are too many, or the server shuts down."""
+        with self._lock:
+            room = self.streams < MAX_STREAMS and not self.closed
+            self.streams += room
+            return room
+
     def leave(self) -> None:
         """A stream has ended."""
-        self.streams -= 1
+        with self._lock:
+            self.streams -= 1
 
     def close(self) -> None:
         """End every stream."""
@@ -2298,7 +2324,7 @@ FORMATS = {
 }
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def joined(encode: Callable[[Frame], bytes], frames: tuple[Frame, ...]) -> bytes:
     """Frames as they are written: the readers at the tail all get the same."""
     return b"".join([encode(frame) for frame in frames])
@@ -2885,6 +2911,26 @@ def logged_in() -> bool:
     return not ended and any(hmac.compare_digest(found[3], known) for known in signatures)
 
 
+def session_watch() -> Callable[[], bool]:
+    """What tells, later on, whether the browser session that a stream was opened in has been ended."""
+    cookie, served = flask.request.cookies.get(cookie_name()), monitor()
+    if not cookie or not served.config.tokens:
+        return lambda: False
+    return lambda: served.store.read_here(lambda q: q.session_ended(cookie))
+
+
+def bearer_token() -> bytes:
+    """The token that the request brings: in the usual header, or beside the subprotocol of a WebSocket, for
+    which a browser sets no other."""
+    scheme, _, token = flask.request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return token.strip().encode("latin-1", "replace")
+    found = re.search(r"\bbearer\.([A-Za-z0-9_-]+)", flask.request.headers.get("Sec-WebSocket-Protocol", ""))
+    with contextlib.suppress(ValueError):
+        return base64.urlsafe_b64decode(found[1] + "==") if found else b""
+    return b""
+
+
 def signed(secrets_: tuple[bytes, ...], signature: str, *bodies: bytes) -> bool:
     """Whether one of the bodies has the signature of one of the secrets (X-Hub-Signature-256)."""
     given = signature.encode("utf-8", "replace")
@@ -2907,9 +2953,7 @@ def token_needed(config: Config, method: str, path: str, full: Any = None) -> bo
 
 def authorised(config: Config) -> bool:
     """Whether the current request brings a valid token, or a session."""
-    scheme, _, token = flask.request.headers.get("Authorization", "").partition(" ")
-    bearer = token.strip().encode("latin-1", "replace") if scheme.lower() == "bearer" else b""
-    return bool(match_token(bearer, config.tokens)) or logged_in()
+    return bool(match_token(bearer_token(), config.tokens)) or logged_in()
 
 
 def guard():
@@ -3049,6 +3093,273 @@ def openapi(routes: Iterable[Route], config: Config, cookie: str) -> dict[str, A
 
 
 # ======================================================================================================
+# socket: the WebSocket: several subscriptions, and updates, over one connection
+# ======================================================================================================
+
+SUBPROTOCOL = "monitor.v1"
+SWITCHING = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+SWITCHING += "Sec-WebSocket-Accept: {}\r\n{}\r\n"
+PING_FRAME = b"\x89\0"
+PING_SECONDS = 25
+CLOSE_SECONDS = 1  # what the other side has to answer a close
+MAX_SUBSCRIPTIONS = 64  # of one socket
+NOTHING = Filter(task=0)
+FULL = "there are too many streams, or the server is shutting down; come back later"
+
+
+def text_frame(*parts: Any) -> bytes:
+    """A text message as one frame. Not by wsproto, whose frames belong to one connection: all readers at the
+    tail share these."""
+    size = sum(map(len, parts))
+    head = (size,) if size < 126 else (126, *size.to_bytes(2)) if size < 65536 else (127, *size.to_bytes(8))
+    return b"".join((bytes((0x81, *head)), *parts))
+
+
+@functools.lru_cache(maxsize=64)
+def socket_style(sub: str) -> StreamFormat:
+    """How the stream of a subscription is written: the lines of NDJSON, each in a frame, with its name."""
+    name = b'{"sub":%s,' % dump(sub).encode()
+
+    def named(encode: Callable[..., bytes]) -> Callable[..., bytes]:
+        return lambda *told: text_frame(name, memoryview(encode(*told))[1:-1])  # a copy less of a megabyte
+
+    return StreamFormat("", named(encode_line), named(frame_line), b"", False)
+
+
+def size_limit():
+    """An extension of wsproto that refuses a message for what its frames declare, before that comes.
+    Fragments count 64 bytes more: empty ones must not go on for ever."""
+    from wsproto.extensions import Extension
+    from wsproto.frame_protocol import CloseReason, RsvBits
+
+    class SizeLimit(Extension):
+        size, offer, enabled = 0, None, staticmethod(lambda: True)
+
+        def frame_inbound_header(self, proto, opcode, rsv, payload_length):
+            too_large = not opcode.iscontrol() and self.size + payload_length > MAX_BODY
+            return CloseReason.MESSAGE_TOO_BIG if too_large else RsvBits(False, False, False)
+
+        def frame_inbound_complete(self, proto, fin):
+            if not proto.header.opcode.iscontrol():
+                self.size = 0 if fin else self.size + proto.header.payload_len + 64
+
+    return SizeLimit()
+
+
+class Socket:
+    """One WebSocket. A thread reads and answers, one pings, one for each subscription follows the log. Who
+    writes waits for its turn: an answer comes after at most one batch (a MiB) of each subscription, however
+    far behind that is. A peer that takes nothing at all is cut by the kernel's time-out."""
+
+    def __init__(self, served: Monitor, connection: tuple, may_write: bool, ended: Callable[[], bool]):
+        from wsproto.connection import Connection, ConnectionType
+
+        self._served, (self._connection, self._reader) = served, connection
+        self._may_write, self._ended = may_write, ended
+        self._protocol = Connection(ConnectionType.SERVER, [size_limit()])
+        self._turn = threading.Lock()
+        self._subscriptions: dict[str, threading.Thread] = {}
+        self._pieces: list[str] = []  # of a message
+        self._pings = 0  # since the last sign of life
+        self._broken = False
+        self._end = math.inf  # when a closed one is cut
+
+    def serve(self, accepted: bytes) -> None:
+        """Answer the handshake, then take what comes until either side closes."""
+        with contextlib.suppress(OSError):  # the other side is gone
+            self._connection.settimeout(None)
+            self._connection.sendall(accepted)
+            threading.Thread(target=self._keep, daemon=True).start()
+            while time.monotonic() < self._end and self._receive(self._reader.read1(16384)):
+                self._pings = 0
+                time.sleep(0)  # whoever sends without a pause must not keep the others waiting
+        self._subscriptions.clear()
+        self._cut()
+
+    def close(self, code: int, reason: str | None = None) -> None:
+        """Say that it is over, and wait a moment for the other side to say so too."""
+        from wsproto.events import CloseConnection
+
+        with self._turn, contextlib.suppress(OSError):
+            if self._end == math.inf:
+                self._end = time.monotonic() + CLOSE_SECONDS
+                threading.Thread(target=self._cut, args=[CLOSE_SECONDS], daemon=True).start()
+                self._connection.sendall(self._protocol.send(CloseConnection(code, reason)))
+                self._connection.shutdown(1)  # nothing more is sent
+
+    def _cut(self, seconds: float = 0) -> None:
+        time.sleep(seconds)
+        self._end = 0
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(2)  # both ways: whoever waits for it wakes up
+
+    def _send(self, data: bytes, sub: str | None = None) -> None:
+        """Write whole frames; those of a subscription only while it goes on."""
+        with self._turn:
+            if self._end == math.inf and (sub is None or self._goes_on(sub)):
+                self._connection.sendall(data)
+        time.sleep(0)  # who waits for the turn gets it
+
+    def _goes_on(self, sub: str) -> bool:
+        return self._subscriptions.get(sub) is threading.current_thread()
+
+    def _keep(self) -> None:
+        """Ping the other side, and close where it is dead, its session has ended, or the server ends."""
+        broadcaster, pinged = self._served.broadcaster, time.monotonic()
+        try:
+            while self._end == math.inf:
+                broadcaster.wait(broadcaster.head, NOTHING)
+                if broadcaster.closed:
+                    self.close(3001, "the server is shutting down")
+                elif self._ended():
+                    self.close(3502, "the session has ended")
+                elif time.monotonic() - pinged >= PING_SECONDS and self._pings >= 2:
+                    self._cut()
+                elif time.monotonic() - pinged >= PING_SECONDS:
+                    self._pings, pinged = self._pings + 1, time.monotonic()
+                    self._send(PING_FRAME)
+        except (OSError, Problem):
+            self._cut()
+
+    def _receive(self, data: bytes) -> bool:
+        """Take in frames; False when all is said. What breaks the rules comes from wsproto as a close with
+        its code, and what follows that is not looked at."""
+        if not self._broken:
+            self._protocol.receive_data(data)
+            for event in self._protocol.events():
+                self._take(event)
+        return bool(data) and self._protocol.state.name != "CLOSED"
+
+    def _take(self, event: Any) -> None:
+        from wsproto import events
+
+        match event:
+            case events.CloseConnection():
+                self.close(event.code, event.reason)
+                self._broken = self._protocol.state.name == "LOCAL_CLOSING"
+            case _ if self._end < math.inf:
+                pass
+            case events.Ping():
+                self._send(self._protocol.send(event.response()))
+            case events.BytesMessage():
+                self.close(1003, "messages are JSON in text frames")
+            case events.TextMessage():
+                self._pieces.append(event.data)
+                if event.message_finished:
+                    text, self._pieces = "".join(self._pieces), []
+                    self._answer(text)
+
+    def _answer(self, text: str) -> None:
+        """Do what a message asks for, and tell how it went; to what is no object nothing can be told."""
+        try:
+            message = json.loads(text)
+        except (ValueError, RecursionError):
+            message = None
+        if not isinstance(message, dict):
+            return self.close(3501, "a message must be a JSON object")
+        name = message.get("id") if isinstance(message.get("id"), (str, int)) else None
+        try:
+            message = parse_json(text.encode())
+            operation = clean(message, SOCKET_OPERATION)["op"]
+            told = '"ok":' + getattr(self, operation)(**clean(message, SOCKET_FIELDS[operation]))
+        except Problem as problem:
+            told = '"error":' + dump(problem.body())
+        try:
+            self._send(text_frame(f'{{"id":{dump(name)},{told}}}'.encode()))
+        finally:  # what was counted must run, to be counted out
+            for thread in self._subscriptions.values():
+                thread.ident or thread.start()
+        return None
+
+    def subscribe(self, sub: str, after: Any = None, stream: Any = None, filter: Any = None) -> str:
+        """Follow the log from a cursor on, else from now on."""
+        if sub in self._subscriptions:
+            raise Problem("conflict", f"sub {sub!r} is there already: unsubscribe it first", "sub")
+        if len(self._subscriptions) >= MAX_SUBSCRIPTIONS:
+            raise Problem("too_many_requests", f"one socket has at most {MAX_SUBSCRIPTIONS} subscriptions")
+        for name in set(filter or {}) - set(STREAM_FILTER):
+            raise invalid(f"filter must not have {name[:60]!r}: there is no such filter", "filter")
+        wanted = clean(filter or {}, STREAM_FILTER)
+        head, chosen = self._served.store.read_here(lambda q: (q.head(), q.filter(wanted)))
+        start = place_cursor(None if after in (None, "") else str(after), stream, head)
+        if not self._served.broadcaster.join():
+            raise Problem("unavailable", FULL)
+        follower = threading.Thread(target=self._follow, args=(sub, start, head, chosen), daemon=True)
+        self._subscriptions[sub] = follower  # begins when this is acknowledged
+        return "true"
+
+    def _follow(self, sub: str, start: Cursor, head: sqlite3.Row, chosen: Filter) -> None:
+        broadcaster = self._served.broadcaster
+        batches = follow(self._served.store, broadcaster, start.seq, chosen, False)
+        batches = itertools.takewhile(lambda _: self._goes_on(sub) and not self._ended(), batches)
+        try:
+            for chunk in stream_bytes(socket_style(sub), start, head, batches):
+                self._send(chunk, sub)
+                self._pings = 0  # what is taken is a sign of life, too: a slow peer sees a ping late
+        except (OSError, Problem):
+            self._cut()
+        finally:
+            broadcaster.leave()
+
+    def unsubscribe(self, sub: str) -> str:
+        """End a subscription: nothing of it comes once this is acknowledged."""
+        if self._subscriptions.pop(sub, None) is None:
+            raise Problem("not_found", f"there is no sub {sub!r}", "sub")
+        return "true"
+
+    def update(self, update: dict[str, Any], key: str | None = None) -> str:
+        """Store an update, as POST /api/updates does."""
+        if not self._may_write or self._ended():
+            raise Problem("unauthorized", "the socket was opened without a valid token or session")
+        posted = clean(update, NEW_UPDATE)
+        return self._served.add_update(posted, check_key(key), posted)[0]
+
+    def ping(self) -> str:
+        """Nothing but an answer: a browser's script does not see the protocol's own pings."""
+        return "true"
+
+
+def accept_handshake() -> bytes:
+    """The answer to the handshake of a WebSocket; Problem where it is none, or not one of ours."""
+    from wsproto.utilities import generate_accept_token
+
+    request, headers = flask.request, flask.request.headers
+    upgrade = request.method == "GET" and request.url_rule.websocket
+    if not upgrade or headers.get("Sec-WebSocket-Version") != "13":
+        raise Problem("upgrade_required", "this is a WebSocket, of version 13")
+    key, offered = headers.get("Sec-WebSocket-Key", ""), split_list(headers.get("Sec-WebSocket-Protocol", ""))
+    if not re.fullmatch(r"[A-Za-z0-9+/]{22}==", key):
+        raise invalid("Sec-WebSocket-Key must be 16 bytes in base64")
+    if offered and SUBPROTOCOL not in offered:
+        raise invalid(f"Sec-WebSocket-Protocol must offer {SUBPROTOCOL}")
+    if request.content_length or "Transfer-Encoding" in headers:
+        raise invalid("a handshake has no body")  # it would be taken for frames
+    chosen = f"Sec-WebSocket-Protocol: {SUBPROTOCOL}\r\n" if offered else ""
+    return SWITCHING.format(generate_accept_token(key.encode()).decode(), chosen).encode()
+
+
+def open_socket():
+    """Take the connection over as a WebSocket. What is wrong is told before that, as to any request."""
+    served, environ, accepted = monitor(), flask.request.environ, accept_handshake()
+    connection = environ.get("monitor.connection") or (environ["werkzeug.socket"], environ["wsgi.input"])
+    may_write = not served.config.tokens or authorised(served.config)
+    socket = Socket(served, connection, may_write, session_watch())
+    if not served.broadcaster.join():
+        raise Problem("unavailable", FULL)
+
+    def run() -> None:
+        try:
+            socket.serve(accepted)
+        finally:
+            served.broadcaster.leave()
+        raise ConnectionResetError(errno.ECONNRESET, "over")  # what servers take to mean: answer no more
+
+    response = flask.Response(status=101)
+    response.get_app_iter = lambda environ: iter(run, None)  # runs when the request's context is gone
+    return response
+
+
+# ======================================================================================================
 # web: the API and the stream
 # ======================================================================================================
 
@@ -3060,7 +3371,9 @@ PAGE_HEADERS = {
         "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     ),
 }
-ERROR_HEADERS = {503: {"Retry-After": "2"}, 408: {"Connection": "close"}, 413: {"Connection": "close"}}
+LAST_ANSWER = {"Connection": "close"}
+ERROR_HEADERS = {503: {"Retry-After": "2"}, 408: LAST_ANSWER, 413: LAST_ANSWER}
+ERROR_HEADERS |= {426: {"Upgrade": "websocket", "Sec-WebSocket-Version": "13"}}
 MEDIA_TYPES = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml", "txt": "text/plain"}
 COMPRESSED = ("text/html", *MEDIA_TYPES.values())
 PAGE_ROWS = 100
@@ -3174,10 +3487,7 @@ def kind_routes(kind: Kind, read: Reading, asked: Fields):
 
 def idempotency_key() -> str | None:
     """The Idempotency-Key header, checked."""
-    key = flask.request.headers.get("Idempotency-Key")
-    if key is not None and not re.fullmatch(r"[\x20-\x7e]{1,200}", key):
-        raise invalid("Idempotency-Key must be 1 to 200 printable ASCII characters")
-    return key
+    return check_key(flask.request.headers.get("Idempotency-Key"))
 
 
 def post_update(posted: dict[str, Any], draft: Callable[[dict], Draft] | None = None):
@@ -3251,17 +3561,14 @@ def stream(wanted: dict[str, Any]):
     given = next(filter(None, (request.headers.get("Last-Event-ID"), *map(wanted.get, CURSORS))), None)
     head, chosen = store.read_here(lambda q: (q.head(), q.filter(wanted)))
     start = place_cursor(given, wanted.get("stream"), head)
-    full = broadcaster.streams >= MAX_STREAMS or broadcaster.closed
+    batches = follow(store, broadcaster, start.seq, chosen, wanted.get("poll", False))
+    batches = ticks(batches, broadcaster) if "view" in wanted else batches
+    body: Iterable[bytes] = stream_bytes(style, start, head, batches, lambda: broadcaster.closed)
+    ended = session_watch()  # a stream ends with the session that it was opened in
+    body = itertools.takewhile(lambda _: not ended(), body)
+    full = not broadcaster.join()
     if full:
-        body: Iterable[bytes] = [b"retry: 30000\n: too many streams\n\n"] if style.ends else []
-    else:
-        batches = follow(store, broadcaster, start.seq, chosen, wanted.get("poll", False))
-        batches = ticks(batches, broadcaster) if "view" in wanted else batches
-        body = stream_bytes(style, start, head, batches, lambda: broadcaster.closed)
-        cookie = request.cookies.get(cookie_name())
-        if cookie and monitor().config.tokens:  # a stream ends with the session that it was opened in
-            body = itertools.takewhile(lambda _: not store.read_here(lambda q: q.session_ended(cookie)), body)
-        broadcaster.streams += 1
+        body = [b"retry: 30000\n: too many streams\n\n"] if style.ends else []
     headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-store"}
     response = flask.Response(body, mimetype=style.mimetype, headers=headers)
     if not full:
@@ -3781,6 +4088,7 @@ ROUTES = (
     ("GET", "/api/updates/<seq:seq>", lambda seq: answer(monitor().store.read_here(lambda q: q.update(seq)))),
     ("POST", "/api/updates/<seq:seq>/redact", lambda seq: answer(monitor().redact_update(seq))),
     ("GET", "/api/stream", stream, None, STREAM_QUERY),
+    ("GET", "/api/ws", open_socket),
     ("GET", "/api/admin/backup", send_backup),
     ("GET", "/api/admin/check", lambda: answer(dump({"problems": monitor().store.read(Queries.check)}))),
     ("POST", "/api/admin/prune", prune_updates, PRUNING),
@@ -3904,7 +4212,9 @@ def create_app(config: Config | None = None):
     app.after_request(finish)
     for route in itertools.starmap(Route, ROUTES):
         name = f"{route.method} {route.rule}".replace(".", " ")
-        app.add_url_rule(route.rule, name, functools.partial(respond, route), methods=[route.method])
+        view = functools.partial(respond, route)
+        for websocket in {False, route.handler is open_socket}:
+            app.add_url_rule(route.rule, name, view, methods=[route.method], websocket=websocket)
     app.register_error_handler(Exception, show_error)
     for name, command in cli.commands.items():
         if name not in ("run", "shell", "routes"):
@@ -3920,6 +4230,7 @@ IDLE_SECONDS = 75  # a kept-alive connection between two requests
 HEAD_SECONDS = 15  # request line and headers, once begun
 BODY_SECONDS = 60
 DEAD_PEER_SECONDS = 60  # a peer that takes nothing
+DRAIN_SECONDS = 1  # what streams have to say goodbye
 MAX_HEAD = 64 * 1024
 MAX_CONNECTIONS = 5000
 TOO_MANY = b"HTTP/1.1 503 Too Many\r\nRetry-After: 5\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
@@ -4038,6 +4349,7 @@ class HandlerLimits:
         """The WSGI environment, with a deadline on its body."""
         environ = super().get_environ()
         environ["wsgi.input"] = self.wsgi_input = TimedInput(self, self.wsgi_input)
+        environ["monitor.connection"] = self.socket, self.rfile
         return environ
 
     def _handle_client_error(self, error):
@@ -4157,6 +4469,9 @@ def run_server(config: Config, access_log: bool, ready: Callable[[Monitor, str, 
     while not stopping.wait(0.2):
         pass  # not one long wait: a signal that another thread took would not end it
     served.broadcaster.close()
+    deadline = time.monotonic() + DRAIN_SECONDS
+    while served.broadcaster.streams and time.monotonic() < deadline:
+        time.sleep(0.01)
     stop()
     served.close()
     if with_gevent:

@@ -167,10 +167,12 @@ class Steady(NamedTuple):
     memory: float
 
 
-def steady(server: Server, task: str, rate: float, seconds: float, readers: int) -> Steady:
+def steady(
+    server: Server, task: str, rate: float, seconds: float, readers: int, socket: bool = False
+) -> Steady:
     """Post updates at a steady rate to some readers of the stream, asking for /health meanwhile."""
     before, begin = server.memory(), time.monotonic()
-    following = Readers(server.port, readers)
+    following = Readers(server.port, readers, socket=socket)
     writer = apart(pace, server.port, functools.partial(bench_load.stamped, task), rate, seconds)
     health = (
         apart(pace, server.port, functools.partial(get, "/health"), 50, seconds)() if readers > 1 else None
@@ -196,6 +198,22 @@ def readers(scale: Scale) -> Rows:
         reach, ratio = verdict(health.p99, 50, "p99 < {} ms"), f"{health.p99 / idle.p99:.1f}"
         yield Row(f"{name} /health meanwhile", health, f"idle {idle}", ratio, reach)
         yield Row(f"{name} memory", f"{memory:.1f} KiB a reader", reach=verdict(memory, 25, "< {} KiB"))
+
+
+@bench
+def sockets(scale: Scale) -> Rows:
+    """Half as many readers, over a WebSocket each, beside the same number of streams."""
+    readers, beside = scale.readers // 2, []
+    for over_socket in (False, True):
+        with serving() as server:
+            beside.append(steady(server, server.new_task(), 50, scale.seconds * 4, readers, over_socket))
+    stream, mine = beside
+    name, ratio = f"{readers:,} WebSockets, 50 updates/s:", mine.delivery.p50 / stream.delivery.p50
+    yield Row(f"{name} delivery", mine.delivery, f"streams {stream.delivery}", f"{ratio:.1f}")
+    memory = f"streams {stream.memory:.1f} KiB a reader"
+    yield Row(
+        f"{name} memory", f"{mine.memory:.1f} KiB a reader", memory, f"{mine.memory / stream.memory:.1f}"
+    )
 
 
 @bench

@@ -27,7 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 FORK = multiprocessing.get_context("fork")
 READ_SIZE = 64 * 1024  # twice that costs three times as much a call
-UPDATE_EVENT, SENT_AT = b"\nevent: update\n", re.compile(rb"sent at (\d{20})")
+SENT_AT = re.compile(rb"sent at (\d{20})")
+GREETING, UPDATE_EVENT = b"event: hello", b"\nevent: update\n"
+SOCKET_GREETING, SOCKET_UPDATE = b'"event":"hello"', b'"event":"update"'
 TAIL = 27  # one byte less than SENT_AT matches: what may begin in one piece and end in the next
 
 
@@ -164,6 +166,19 @@ def get(path: str) -> bytes:
     return f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
 
 
+def open_stream(query: str) -> bytes:
+    """The request for a stream."""
+    return get("/api/stream" + query)
+
+
+def open_socket(query: str) -> bytes:
+    """The handshake of a WebSocket with its first message: to subscribe to all."""
+    head = "GET /api/ws HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    head += "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    message = json.dumps({"op": "subscribe", "sub": "s"}).encode()
+    return head.encode() + bytes([0x81, 0x80 | len(message), 0, 0, 0, 0]) + message
+
+
 def post(path: str, **body: Any) -> bytes:
     """A POST request with a JSON body."""
     content = json.dumps(body)
@@ -230,11 +245,15 @@ def pace(port: int, make: Callable[[], bytes], rate: float, seconds: float) -> T
 
 
 class Readers:
-    """Readers of the stream, together in one process of their own; connected when this returns."""
+    """Readers of the stream, or of a WebSocket each, together in one process of their own; connected when
+    this returns."""
 
-    def __init__(self, port: int, count: int, query: str = ""):
+    def __init__(self, port: int, count: int, query: str = "", socket: bool = False):
         self._pipe, theirs = FORK.Pipe()
-        FORK.Process(target=follow_streams, args=(theirs, port, count, query), daemon=True).start()
+        way = (
+            (open_socket, SOCKET_GREETING, SOCKET_UPDATE) if socket else (open_stream, GREETING, UPDATE_EVENT)
+        )
+        FORK.Process(target=follow_streams, args=(theirs, port, count, query, *way), daemon=True).start()
         theirs.close()
         self._pipe.recv()
 
@@ -247,12 +266,14 @@ class Readers:
         return self._pipe.recv()
 
 
-def follow_streams(pipe: Any, port: int, count: int, query: str) -> None:
+def follow_streams(
+    pipe: Any, port: int, count: int, query: str, opening: Callable, greeting: bytes, event: bytes
+) -> None:
     """The process of Readers: open the streams, say so, read until told to finish."""
     poll, lines = select.epoll(), {}
     for _ in range(count):
         line = connect(port)
-        line.sendall(get("/api/stream" + query))
+        line.sendall(opening(query))
         lines[line.fileno()] = line
         poll.register(line.fileno(), select.EPOLLIN)
     greeted, got, last, delays, tails, until = 0, 0, 0.0, [], dict.fromkeys(lines, b""), None
@@ -261,11 +282,11 @@ def follow_streams(pipe: Any, port: int, count: int, query: str) -> None:
             data = tails[number] + lines[number].recv(READ_SIZE)
             last = time.monotonic()
             tail = tails[number] = data[-TAIL:]
-            got += data.count(UPDATE_EVENT) - tail.count(UPDATE_EVENT)
+            got += data.count(event) - tail.count(event)
             if len(data) < 4096:  # what is longer is a burst, whose readers must do nothing but count
                 delays += [last * 1000 - moment for moment in sent_times(data)]
             if greeted < count:
-                greeted += b"event: hello" in data
+                greeted += greeting in data
                 if greeted == count:
                     pipe.send("connected")
         until = pipe.recv() if pipe.poll() else until

@@ -779,3 +779,69 @@ def serious(results) -> list[str]:
         for found in results.response["violations"]
         if found["impact"] in ("serious", "critical")
     ]
+
+
+# --- the WebSocket in a browser -------------------------------------------------------------------------
+
+TALK = """
+async ([address, protocols, messages, count]) => {
+  const socket = new WebSocket(address, protocols), heard = [];
+  return await new Promise((done) => {
+    socket.onopen = () => messages.forEach((message) => socket.send(JSON.stringify(message)));
+    socket.onmessage = ({data}) => {
+      if (heard.push(JSON.parse(data)) === count) socket.close(1000);
+    };
+    socket.onclose = ({code, wasClean}) => done({heard, code, wasClean, protocol: socket.protocol});
+  });
+}
+"""
+
+
+def test_a_script_of_ours_talks_over_the_socket(visit, server):
+    """Opened by a page of the server: its policy lets it, and the handshake is a browser's own."""
+    task, page = server.new_task(), visit("/dashboard")
+    update = {"task_id": task["id"], "source": "browser", "message": "from a browser, é"}
+    messages = [
+        {"op": "subscribe", "id": 1, "sub": "s", "filter": {"task_id": task["id"]}},
+        {"op": "update", "id": 2, "update": update},
+    ]
+    address = server.url.replace("http", "ws") + "/api/ws"
+    told = page.evaluate(TALK, [address, ["monitor.v1", "bearer.dG9r"], messages, 4])
+    assert {name: told[name] for name in ("code", "wasClean", "protocol")} == {
+        "code": 1000,
+        "wasClean": True,
+        "protocol": "monitor.v1",
+    }
+    assert told["heard"][0] == {"id": 1, "ok": True}
+    (event,) = [heard["data"] for heard in told["heard"] if heard.get("event") == "update"]
+    assert event["message"] == update["message"]
+    assert {"id": 2, "ok": event} in told["heard"]
+
+
+def test_a_script_of_another_site_gets_no_socket(chromium, server):
+    """Nor does one without an origin: browsers ask nobody before they open a WebSocket."""
+    context = chromium.new_context()
+    page = context.new_page()
+    address = server.url.replace("http", "ws") + "/api/ws"
+    page.route("http://evil.example/", lambda route: route.fulfill(body="evil", content_type="text/html"))
+    for place in ("http://evil.example/", "about:blank", "data:text/html,null"):
+        page.goto(place)
+        told = page.evaluate(TALK, [address, ["monitor.v1"], [{"op": "ping"}], 1])
+        assert (told["heard"], told["code"]) == ([], 1006), place
+    context.close()
+
+
+def test_a_shutdown_is_a_clean_close_to_a_browser(visit, tmp_path):
+    with contextlib.ExitStack() as stack:
+        going = Server(tmp_path / "monitor.db")
+        stack.callback(going.stop)
+        page = visit("/dashboard", at=going)
+        address = going.url.replace("http", "ws") + "/api/ws"
+        page.evaluate(
+            "address => { const s = new WebSocket(address); window.opened = new Promise((r) => s.onopen = r);"
+            " window.ended = new Promise((r) => s.onclose = (e) => r([e.code, e.wasClean])); }",
+            address,
+        )
+        page.evaluate("window.opened.then(() => true)")
+        assert going.stop() == 0
+        assert page.evaluate("window.ended") == [3001, True]

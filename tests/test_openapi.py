@@ -35,12 +35,13 @@ OPERATIONS = [
 SOURCE = (ROOT / "monitor.py").read_text()
 SQL = (ROOT / "schema.sql").read_text()
 REQUIRED = os.environ.get("MONITOR_SCHEMA_TESTS") == "required"
-# Pages, and what they are made of, are for people; /prime and /llms.txt are for models, and the messages of
-# /mcp are described by its own protocol (tools/list). What is not here must be described.
+# Pages, and what they are made of, are for people; /prime and /llms.txt are for models. The messages of /mcp
+# are described by its own protocol (tools/list), those of the socket have no place in OpenAPI. What is not
+# here must be described.
 PAGES = words(
     """
     / /login /logout /dashboard /docs /stream /needs /palette /workstreams /workstreams/<reference> /tasks
-    /static/<name> /prime /llms.txt /mcp
+    /static/<name> /prime /llms.txt /mcp /api/ws
     /tasks/<reference> /tasks/<page:reference> /tasks/<reference>/updates /tasks/<reference>/runs
     /tasks/<reference>/links
     """
@@ -109,7 +110,9 @@ def test_every_header_that_is_read_is_described():
     read |= set(re.findall(r'"(X-[A-Za-z0-9-]+)"', SOURCE[SOURCE.index("# web: ") :]))
     told = set(DOCUMENT["components"]["parameters"])
     sent = {"X-Accel-Buffering", "X-Content-Type-Options"}
-    assert {name for name in read if not name.startswith(("Content-", "MONITOR"))} - known - sent == told
+    assert {
+        name for name in read if not name.startswith(("Content-", "MONITOR", "Sec-WebSocket-"))
+    } - known - sent == told
     used = [each["$ref"] for *_, does in OPERATIONS for each in does["parameters"] if "$ref" in each]
     assert {reference.split("/")[-1] for reference in used} == told
 
