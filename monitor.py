@@ -20,6 +20,7 @@ The file, top to bottom (each section has a banner of its own):
     store        all the SQL there is: reading, and writing inside a transaction
     database     the file, its connections, the one writer with group commit
     stream       the ring of newest frames, the wake-up, follow(): a subscriber is a cursor into the log
+    transfer     a database as lines of JSON, and back: exact into an empty one, merged into any other
     monitor      the operations: everything that API, pages and commands do
     guard        who may ask: Host, Origin, bearer token
     web          API routes, stream, pages, create_app()
@@ -270,22 +271,20 @@ def dump(value: Any) -> str:
     return ENCODER.encode(value)
 
 
-def parse_json(raw: bytes) -> Any:
+def parse_json(raw: bytes, depth: int = MAX_DEPTH) -> Any:
     """Parse a JSON text in UTF-8. Problem for what could not be stored and given back: also NaN, numbers
     that overflow to infinity (json.loads("1e999") gives one, and one stored breaks every list that holds
-    it), integers beyond 64 bits, more than 64 levels, NUL (SQL functions cut strings there), lone
+    it), integers beyond 64 bits, more than `depth` levels, NUL (SQL functions cut strings there), lone
     surrogates."""
     try:
         text = raw.decode("utf-8")
         value = DECODER.decode(text)
-        if text.count("[") + text.count("{") > MAX_DEPTH and any(
-            itertools.islice(nested(value), MAX_DEPTH, None)
-        ):
+        if text.count("[") + text.count("{") > depth and any(itertools.islice(nested(value), depth, None)):
             raise RecursionError
     except UnicodeDecodeError:
         raise invalid("the body is not UTF-8") from None
     except RecursionError:
-        raise invalid(f"the body is nested deeper than {MAX_DEPTH} levels") from None
+        raise invalid(f"the body is nested deeper than {depth} levels") from None
     except ValueError as error:
         raise invalid(f"the body is not JSON: {error}") from None
     if "\\u" in text and re.search(r"\\u(0000|[dD][89a-fA-F])", text) and not storable(value):
@@ -341,6 +340,7 @@ def read_text(value: Any, schema: dict[str, Any]) -> str:
     must(len(value) <= schema["maxLength"], f"have at most {schema['maxLength']} characters")
     must(value.strip() or not schema.get("minLength"), "not be empty")
     must(not UNSTORABLE.search(value), "hold neither NUL nor lone surrogates")
+    must("pattern" not in schema or re.fullmatch(schema["pattern"], value), "look like one of ours")
     return value
 
 
@@ -392,10 +392,16 @@ def read_number(value: str, schema: dict[str, Any]) -> int:
 
 def read_time(value: str, schema: dict[str, Any]) -> str:
     """An RFC 3339 time in a query (UTC where it names no zone), normalised to sort as text."""
-    with contextlib.suppress(ValueError, OverflowError):
+    with contextlib.suppress(ValueError, OverflowError, TypeError):
         moment = datetime.datetime.fromisoformat(value)
         return timestamp(moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC))
     raise ValueError("be a time such as 2026-01-31T09:30:00Z")
+
+
+def read_count(value: Any, schema: dict[str, Any]) -> int:
+    """A whole number in JSON, small enough for every reader of JSON."""
+    must(type(value) is int and 0 <= value < 2**53, "be a whole number")
+    return value
 
 
 def read_any(value: Any, schema: dict[str, Any]) -> Any:
@@ -407,6 +413,7 @@ def read_any(value: Any, schema: dict[str, Any]) -> Any:
 READERS = {
     "any": read_any,
     "choice": read_choice,
+    "count": read_count,
     "flag": read_flag,
     "number": read_number,
     "reference": read_reference,
@@ -438,13 +445,13 @@ FIELDS = {name: Field(*row) for name, row in json.loads(asset("templates", "fiel
 
 
 def fields(names: str) -> Fields:
-    """The field table of a body or query; a name with `!` must be there."""
-    pairs = ((name.rstrip("!"), "!" in name) for name in names.split())
-    return {name: FIELDS[name]._replace(required=required) for name, required in pairs}
+    """The field table of a body or query; `!`: must be there; `name=other`: one like the other."""
+    parts = ((*name.rstrip("!").partition("="), "!" in name) for name in names.split())
+    return {name: FIELDS[other or name]._replace(required=required) for name, _, other, required in parts}
 
 
 NEW_WORKSTREAM = fields("name! metadata")
-WORKSTREAM_CHANGES = fields("name status metadata") | {"status": FIELDS["workstream_status"]}
+WORKSTREAM_CHANGES = fields("name status=workstream_status metadata")
 NEW_TASK = fields("workstream_id! name! metadata")
 TASK_CHANGES = fields("name workstream_id status summary_text summary_source hidden metadata")
 MANUAL_UPDATE = fields("task_id! message! level kind tags data")
@@ -460,6 +467,7 @@ LINK_NAME = fields("link! value! repository")
 LINK = LINK_NAME | fields("task_id! close_on_merge")
 STREAM_FILTER = fields("task_id workstream_id source kind level tag")
 UPDATE_QUERY = STREAM_FILTER | fields("q after_seq before_seq since until order limit total")
+EXPORT_QUERY, IMPORT_QUERY = fields("after_seq since"), fields("line")
 
 
 def clean(payload: Any, fields: Fields) -> dict[str, Any]:
@@ -1245,6 +1253,7 @@ WORKSTREAM = Kind("workstream", "workstreams", "workstreams", COLUMNS, NEW_WORKS
 COLUMNS += " number workstream_id summary_text summary_updated_at summary_source hidden_at attention"
 COLUMNS += " ci pull_requests"
 TASK = Kind("task", "tasks", "task_rows", COLUMNS, NEW_TASK, TASK_CHANGES)
+KINDS = {"workstream": WORKSTREAM, "task": TASK}
 
 
 # ======================================================================================================
@@ -1257,6 +1266,16 @@ PAGE_BYTES = 8 * 1024 * 1024
 KEY_SECONDS = 7 * 86400
 PRUNE_ROWS = 500  # one batch of pruning: writers wait for it
 FREE_PAGES = 1000
+STATE = {  # what exports hold besides the log, by table: the column that tells the newer of two rows
+    "workstreams": "", "tasks": "", "sessions": "seen_at", "folders": "", "links": "", "pull_requests": "at",
+    "checks": "at", "idempotency_keys": "",
+}  # fmt: skip
+POINTERS = {  # how exports name what a row points to: numbers of rows differ between databases
+    "task": "(SELECT id FROM tasks WHERE number = t.task)",
+    "workstream": "(SELECT id FROM workstreams WHERE number = t.workstream)",
+    "seq": "(SELECT json_extract(body, '$.id') FROM log WHERE log.seq = t.seq) AS update_id, t.seq",
+    "digest": "hex(digest)",
+}
 
 
 def search_words(text: str) -> str:
@@ -1452,6 +1471,37 @@ class Queries:
         faults = self.rows("SELECT * FROM faults WHERE n > 0")
         return problems + [f"{row['n']} {row['what']}" for row in faults]
 
+    def seq_before(self, moment: str) -> int:
+        """The number before that of the first update since a moment; the newest where there is none."""
+        first = "SELECT MIN(seq) - 1 FROM updates WHERE timestamp >= :moment"
+        return self.first(f"SELECT coalesce(({first}), seq) FROM head", moment=moment)[0]
+
+    def log(self, since: int) -> Iterator[sqlite3.Row]:
+        """The rows of the log after a number, one by one."""
+        sql = "SELECT seq, event, task, workstream, body FROM log WHERE seq > ? ORDER BY seq"
+        return self.db.execute(sql, (since,))
+
+    def state(self, table: str) -> Iterator[dict[str, Any]]:
+        """The rows of a table of STATE, one by one; what they point to is named by its id."""
+        names = [row["name"] for row in self.rows(f"PRAGMA table_info({table})")]
+        parts = ", ".join(f"{POINTERS.get(name, name)} AS {name}" for name in names)
+        for row in self.db.execute(f"SELECT {parts} FROM {table} AS t"):
+            found = dict(row)
+            yield found | ({"metadata": json.loads(found["metadata"])} if "metadata" in found else {})
+
+    def update_seq(self, identity: str) -> int | None:
+        """The number of the update with an id; None: it is not here."""
+        found = self.first("SELECT seq FROM updates WHERE id = :id", id=uuid.UUID(identity).bytes)
+        return found and found["seq"]
+
+    def last_seq(self) -> int:
+        """The number of the last row of the log; those after it may have been removed."""
+        return self.first("SELECT coalesce(MAX(seq), 0) FROM log")[0]
+
+    def row_at(self, seq: int) -> tuple[str, str]:
+        """Event and JSON of a row of the log; empty where there is none."""
+        return tuple(self.first("SELECT event, body FROM log WHERE seq = :seq", seq=seq) or ("", "{}"))
+
     def newest_of_tasks(self) -> dict[str, str]:
         """The JSON of each task's newest update, by the task's id."""
         return dict(map(tuple, self.rows("SELECT task_id, body FROM newest_of_tasks")))
@@ -1494,6 +1544,13 @@ def take(rows: Iterable[Any], limit: int) -> list[str]:
             break
         texts.append(row[0])
     return texts
+
+
+def draw(lines: Iterator[bytes]) -> bytes:
+    """The next lines, joined, up to READ_BYTES; one at least where there is one."""
+    drawn = io.BytesIO()
+    any(drawn.write(line) and drawn.tell() >= READ_BYTES for line in lines)
+    return drawn.getvalue()
 
 
 def update_query(chosen: Filter, wanted: dict[str, Any]) -> tuple[list[tuple[str, str]], dict[str, Any]]:
@@ -1563,9 +1620,10 @@ class Transaction(Queries):
         super().__init__(db)
         self.frames: list[Frame] = []
 
-    def append(self, event: str, task: int | None, workstream: int, value: dict, **facets: Any) -> str:
-        """Write the next log row, an update's with its number; returns the JSON."""
-        seq = self.first("UPDATE head SET seq = seq + 1 RETURNING seq")["seq"]
+    def append(self, event: str, task: int | None, workstream: int, value: dict, at=None, **facets) -> str:
+        """Write the next log row, an update's with its number (`at`: what the row has elsewhere, beyond all
+        of ours); returns the JSON."""
+        seq = self.first("UPDATE head SET seq = coalesce(:at, seq + 1) RETURNING seq", at=at)["seq"]
         body = dump({"seq": seq} | value if event == "update" else value)
         self.db.execute(
             "INSERT INTO log (seq, event, task, workstream, body) VALUES (?, ?, ?, ?, ?)",
@@ -1579,6 +1637,12 @@ class Transaction(Queries):
         row = self.first(f"SELECT * FROM {kind.view} WHERE number = :number", number=number)
         place = (number, row["workstream"]) if kind is TASK else (None, number)
         return self.append(f"{kind.name}_{event}", *place, kind.make(row))
+
+    def tell(self, before: sqlite3.Row) -> None:
+        """Log a task where it shows another state of runs or checks than before."""
+        after = self.one(TASK, str(before["number"]))
+        if any(after[name] != before[name] for name in ("ci", "pull_requests", "attention")):
+            self.append_row(TASK, "updated", before["number"])
 
     def add(self, kind: Kind, values: dict[str, Any]) -> int:
         """Add a workstream or task (column names are ours) with a new id; returns its number."""
@@ -1596,23 +1660,31 @@ class Transaction(Queries):
         return self.append_row(kind, "updated", number)
 
     def insert_update(self, task: sqlite3.Row, fields: dict[str, Any], moment: str) -> str:
-        """Add an update: source, message, and kind, level, tags, data where given; returns its JSON."""
-        identity, tags = uuid7(), list(dict.fromkeys(fields.get("tags", ())))
-        facets = {name: fields.get(name) for name in ("source", "kind", "level")}
-        value = {"id": str(identity), "task_id": task["id"], "source": fields["source"], "timestamp": moment}
-        value |= {"message": fields["message"]} | facets | {"tags": tags, "data": fields.get("data")}
+        """Add an update: source, message, and kind, level, tags, data where given (an imported one has its id
+        already); returns its JSON."""
+        value = {"id": fields.get("id") or str(uuid7()), "task_id": task["id"], "source": fields["source"]}
+        value |= {"timestamp": moment, "message": fields["message"]}
+        value |= {name: fields.get(name) for name in ("kind", "level")}
+        value |= {"tags": list(dict.fromkeys(fields.get("tags", ()))), "data": fields.get("data")}
+        value |= {"redacted_at": fields.get("redacted_at")}
         value = {name: part for name, part in value.items() if part is not None}
-        body = self.append("update", task["number"], task["workstream"], value, tags=tags, **facets)
-        seq = self.frames[-1].seq
+        return self.put_update(task["number"], task["workstream"], value)
+
+    def put_update(self, task: int, workstream: int, value: dict[str, Any], at: int | None = None) -> str:
+        """Log an update as it stands, and list it; returns its JSON."""
+        facets = {name: value.get(name) for name in ("source", "kind", "level")}
+        body = self.append("update", task, workstream, value, at, tags=value["tags"], **facets)
+        seq, identity = self.frames[-1].seq, uuid.UUID(value["id"]).bytes
         self.db.execute(
             """
             INSERT INTO updates (seq, id, task, source, kind, level, timestamp, has_data)
             VALUES (?, ?, ?, ?, ?, ?, ?, ?)
             """,
-            (seq, identity.bytes, task["number"], *facets.values(), moment, "data" in value),
+            (seq, identity, task, *facets.values(), value["timestamp"], "data" in value),
         )
-        self.db.executemany("INSERT INTO update_tags (tag, seq) VALUES (?, ?)", [(tag, seq) for tag in tags])
-        self.db.execute("INSERT INTO update_search (rowid, message) VALUES (?, ?)", (seq, fields["message"]))
+        tags = [(tag, seq) for tag in value["tags"]]
+        self.db.executemany("INSERT INTO update_tags (tag, seq) VALUES (?, ?)", tags)
+        self.db.execute("INSERT INTO update_search (rowid, message) VALUES (?, ?)", (seq, value["message"]))
         return body
 
     def seen_key(self, key: str, digest: bytes, now: str) -> sqlite3.Row | None:
@@ -1628,12 +1700,14 @@ class Transaction(Queries):
         sql = "REPLACE INTO idempotency_keys (key, digest, seq, created_at) VALUES (?, ?, ?, ?)"
         self.db.execute(sql, (key, digest, seq, now))
 
-    def save_session(self, values: dict[str, Any]) -> None:
-        """Add or change a run (column names are ours): what is not among `values` stays."""
+    def save(self, table: str, values: dict[str, Any], when: str = "TRUE") -> bool:
+        """Add a row, or change the one with its key `when` that holds (names and condition are ours): what is
+        not among `values` stays. Returns whether it did."""
         names, slots = ", ".join(values), ", ".join(f":{name}" for name in values)
         sets = ", ".join(f"{name} = excluded.{name}" for name in values)
-        sql = f"INSERT INTO sessions ({names}) VALUES ({slots})"
-        self.db.execute(f"{sql} ON CONFLICT (agent, id, subagent) DO UPDATE SET {sets}", values)
+        sql = f"INSERT INTO {table} ({names}) VALUES ({slots})"
+        sql += f" ON CONFLICT DO UPDATE SET {sets} WHERE {when}" if when else " ON CONFLICT DO NOTHING"
+        return self.db.execute(sql, values).rowcount > 0
 
     def end_subagents(self, agent: str, identity: str, subagent: str | None) -> None:
         """A subagent, or with None each of a run, asks for nothing any more."""
@@ -1724,7 +1798,7 @@ class Transaction(Queries):
         sql = "INSERT OR IGNORE INTO ended_sessions (signature, until) VALUES (?, ?)"
         self.db.execute(sql, (signature, until))
 
-    def redact_update(self, seq: int, now: str) -> str:
+    def redact_update(self, seq: int, now: str, at: int | None = None) -> str:
         """Wipe message and data of an update, leave its seq and a mark, and log that; returns its JSON.
         Merges the search index: a deleted entry stays in it until then (seconds at a million updates)."""
         sql = """
@@ -1737,7 +1811,42 @@ class Transaction(Queries):
             raise Problem("not_found", f"no update {seq}")
         self.db.execute("UPDATE updates SET has_data = 0 WHERE seq = ?", (seq,))
         self.db.execute("INSERT INTO update_search (update_search) VALUES ('optimize')")
-        return self.append("update_redacted", found["task"], found["workstream"], json.loads(found["body"]))
+        return self.append(
+            "update_redacted", found["task"], found["workstream"], json.loads(found["body"]), at
+        )
+
+    def become(self, stream: str, pruned: int) -> None:
+        """Make an empty database the copy of another one: its cursors count here, too."""
+        self.db.execute("UPDATE head SET stream = ?, pruned = max(pruned, ?)", (stream, pruned))
+
+    def advance(self, seq: int) -> bool:
+        """Give no number up to `seq` any more; returns whether that changes anything."""
+        return self.db.execute("UPDATE head SET seq = ? WHERE seq < ?", (seq, seq)).rowcount > 0
+
+    def take_row(self, table: str, row: dict[str, Any], seq: int | None) -> bool:
+        """Add a row of an export to a table of STATE, or put it in the place of an older one; returns whether
+        it did. `seq` is the update that it points to."""
+        names = {column["name"] for column in self.rows(f"PRAGMA table_info({table})")}
+        must(row.keys() <= names | {"update_id"}, f"have the columns of {table}")
+        row = {name: value for name, value in row.items() if name in names}
+        row |= {name: self.one(kind, row[name])["number"] for name, kind in KINDS.items() if name in row}
+        row |= {name: dump(row[name]) for name in ("metadata",) if name in row}
+        row |= {name: bytes.fromhex(row[name]) for name in ("digest",) if name in row}
+        newer = STATE[table]
+        return self.save(
+            table, row | ({"seq": seq} if "seq" in row else {}), newer and f"excluded.{newer} > {newer}"
+        )
+
+    def merge_row(self, kind: Kind, row: dict[str, Any]) -> bool:
+        """Add a workstream or task of an export, or change an older one; returns whether it did."""
+        known, values = self.find(kind, row["id"]), row | {"metadata": dump(row["metadata"])}
+        del values["number"]
+        values |= {"workstream": self.one(WORKSTREAM, row["workstream"])["number"]} if kind is TASK else {}
+        if known is None:
+            self.add(kind, values)
+        elif row["updated_at"] > known["updated_at"]:
+            self.change(kind, known["number"], values)
+        return known is None or row["updated_at"] > known["updated_at"]
 
     def prune(self, before: str, data_only: bool) -> int:
         """Remove the next PRUNE_ROWS updates older than `before`, or only their data; returns how many."""
@@ -1842,6 +1951,15 @@ class Store:
             with contextlib.suppress(sqlite3.Error):
                 db.rollback()
             self._readers.append(db)
+
+    def pieces(self, lines: Callable[[Queries], Iterator[bytes]]) -> Iterator[bytes]:
+        """What `lines` yields from one snapshot of the database, about a megabyte at a time, each made in a
+        reader's thread. Writers go on meanwhile; the write-ahead log is folded in when it is over."""
+        with contextlib.closing(connect(self.path, "ro")) as db:
+            db.execute("BEGIN")
+            made = lines(Queries(db))
+            while piece := self._in_reader(draw, made):
+                yield piece
 
     def backup(self, path: str) -> None:
         """Copy the database, as it is at this moment, into a new file. Writers go on meanwhile."""
@@ -2097,11 +2215,12 @@ class Broadcaster:
 
     def publish(self, frames: list[Frame]) -> None:
         """Take in committed frames, in order, and wake the readers."""
-        if any(frame.event in ("update_redacted", "updates_moved") for frame in frames):
+        leap = frames[-1].seq - self.head != len(frames)  # an import has left numbers out
+        if leap or any(frame.event in ("update_redacted", "updates_moved") for frame in frames):
             self.forget()  # the ring holds what was wiped, or stood elsewhere
         with self._lock:
-            self._frames += frames
-            self._bytes += sum(len(frame.sse) + FRAME_BYTES for frame in frames)
+            self._frames += [] if leap else frames
+            self._bytes += 0 if leap else sum(len(frame.sse) + FRAME_BYTES for frame in frames)
             while self._bytes > RING_BYTES:
                 self._bytes -= len(self._frames.pop(0).sse) + FRAME_BYTES
             self.head = frames[-1].seq
@@ -2279,6 +2398,143 @@ def stream_bytes(
         yield style.special("checkpoint", {"seq": cursor}, cursor)
     if style.ends and ends():
         yield retry + b": come back later\n\n"
+
+
+# ======================================================================================================
+# transfer: a database as lines of JSON, and back
+# ======================================================================================================
+
+# An export is a line `export` that says of which log, the rows of workstreams and tasks, the log as the
+# stream sends it (with the numbers of task and workstream at that moment), what else is in STATE, and `end`.
+# Not in it: who is logged in.
+#
+# Into an empty database the import is exact: the same rows under the same numbers, so that every answer of
+# the API, every replay of the stream (its id too) and the next export but for its first line are the same to
+# the byte. Each request repeats the last event before it: as long as that is the end of the log here, the
+# import goes on exactly, also after it was interrupted. Anywhere else what is not here yet, by its id, gets
+# new numbers; of a workstream, task, run, check or pull request the newer state stays, and updates that are
+# here stay as they are, unless they were redacted there.
+EXPORT_FORMAT = 1
+MAX_LINE = 8 * MAX_BODY
+LINES_TYPE = "application/x-ndjson"
+END_LINE = b'{"event":"end","data":{}}\n'
+Line = namedtuple("Line", "where event data id task workstream", defaults=[None, None, None])  # of an export
+LINE = fields("event! data! id=count task=count workstream=count")
+LINES = {  # what the data of a line must hold, by its event; of runs, checks ... the database itself says it
+    event: fields(names)
+    for events, names in json.loads(asset("templates", "export.json")).items()
+    for event in events.split()
+}
+
+
+def export_lines(q: Queries, wanted: dict[str, Any]) -> Iterator[bytes]:
+    """An export, line by line; of the log all, or only what came after a number or since a time."""
+    head, first = q.head(), wanted.get("after_seq", 0)
+    since = q.seq_before(wanted["since"]) if "since" in wanted else min(first, head["seq"])
+    facts = {"format": EXPORT_FORMAT, "version": __version__, "stream": head["stream"], "head": head["seq"]}
+    yield encode_line("export", facts | {"pruned": max(head["pruned"], since), "exported_at": timestamp()})
+    yield from (encode_line(kind.table, row) for kind in KINDS.values() for row in q.state(kind.table))
+    for seq, event, task, workstream, body in q.log(since):
+        place = f'"task":{task or "null"},"workstream":{workstream}'
+        yield f'{{"event":"{event}","id":{seq},"data":{body},{place}}}\n'.encode()
+    yield from (encode_line(table, row) for table in STATE if table not in LINES for row in q.state(table))
+    yield END_LINE
+
+
+def read_line(raw: bytes, where: int) -> Line:
+    """A line of an export, checked; Problem where it is none."""
+    try:
+        line = clean(parse_json(raw, MAX_DEPTH + 1), LINE)
+        event, data = line["event"], line["data"]
+        if (event not in LINES and event not in STATE) or (event == "export") != (where == 1):
+            raise invalid(f"{event[:60]!r} is no event of an export, or does not belong here")
+        if line.get("id") is None and event not in STATE and event not in ("export", "end"):
+            raise invalid(f"{event} must have an id")
+        kept = clean(data, LINES.get(event, LINES["*"]))
+        if event not in LINES:
+            kept = {name: each for name, each in data.items() if isinstance(each, str | int)} | kept
+        given = [name for name in data if data[name] is not None or event not in STATE]
+        odd = [name for name in given if name not in kept or data[name] != kept[name]]
+        if odd and event != "export":  # that of a later version may say more
+            raise invalid(f"{odd[0][:60]!r} is not as an export of {event} has it")
+        return Line(where, **line)
+    except Problem as problem:
+        raise invalid(f"line {where}: {problem.message.replace('the body', 'it')}") from None
+
+
+def read_header(raw: bytes) -> dict[str, Any]:
+    """The first line of an export: of which log it is."""
+    line = None
+    with contextlib.suppress(Problem):
+        line = read_line(raw, 1)
+    if line is None or line.event != "export":
+        hint = "; it is compressed: gunzip it first" if raw.startswith(b"\x1f\x8b") else ""
+        raise invalid(f"this is no export of Monitor{hint}; its first line is not what monitor export writes")
+    if line.data["format"] != EXPORT_FORMAT:
+        made = f"Monitor {line.data['version']} in format {line.data['format']}"
+        raise invalid(f"this export was made by {made}, this one knows {EXPORT_FORMAT}: update Monitor")
+    return line.data
+
+
+def restore(t: Transaction, line: Line, head: int, task: Callable[[str], sqlite3.Row]) -> bool:
+    """Take in a line exactly as it is; returns whether it was news."""
+    if line.event in STATE:
+        return t.take_row(line.event, line.data, line.data.get("seq"))
+    if line.id is None:
+        return t.advance(head)
+    if line.id <= t.head()["seq"]:
+        return False
+    if line.event == "update":
+        must(line.data["seq"] == line.id, "have the seq of its id")
+        t.put_update(task(line.data["task_id"])["number"], line.workstream, line.data, line.id)
+    else:
+        t.append(line.event, line.task, line.workstream, line.data, line.id)
+    return True
+
+
+def merge(t: Transaction, line: Line, gone: int, task: Callable[[str], sqlite3.Row]) -> bool:
+    """Take in what a line tells that is not here yet (of updates up to `gone`: or was); whether it did."""
+    data, kind = line.data, next((kind for kind in KINDS.values() if kind.table == line.event), None)
+    if kind is not None:
+        return t.merge_row(kind, data)
+    if line.event in STATE:
+        before = task(data["task"]) if "task" in data else None
+        seq = t.update_seq(data["update_id"]) if "update_id" in data else None
+        news = line.event != "idempotency_keys" and t.take_row(line.event, data, seq)
+        if news and before is not None:
+            t.tell(before)
+        return news
+    seq = t.update_seq(data["id"]) if line.event in ("update", "update_redacted") else None
+    if line.event == "update" and seq is None and line.id > gone:
+        t.insert_update(task(data["task_id"]), data, data["timestamp"])
+        return True
+    if line.event == "update_redacted" and seq and "redacted_at" not in json.loads(t.row_at(seq)[1]):
+        t.redact_update(seq, data.get("redacted_at") or timestamp())
+        return True
+    return False
+
+
+def import_lines(t: Transaction, header: dict[str, Any], lines: list[Line]) -> dict[str, Any]:
+    """Take in lines of an export, all or none; returns how many were news, and whether all is exact."""
+    head, last, told = t.head(), t.last_seq(), Counter(updates=0, changes=0, known=0)
+    exact, same = head["seq"] == 0, head["stream"] == header["stream"]
+    if exact:
+        t.become(header["stream"], header["pruned"])
+    task = functools.cache(lambda identity: t.one(TASK, identity))
+    for line in lines:
+        try:
+            if not exact and same and line.id == last:
+                event, body = t.row_at(last)
+                known = event == "update" and json.loads(body)["id"] == line.data.get("id")
+                exact = event == line.event and (known or body == dump(line.data))
+            gone = head["pruned"] if same else 0
+            news = restore(t, line, header["head"], task) if exact else merge(t, line, gone, task)
+        except (Problem, ValueError, sqlite3.IntegrityError, sqlite3.DataError) as error:
+            raise invalid(
+                f"line {line.where}: {error}; nothing from line {lines[0].where} on was stored"
+            ) from None
+        told[("updates" if line.event == "update" else "changes") if news else "known"] += 1
+    return {**told, "exact": exact}
 
 
 # ======================================================================================================
@@ -2502,6 +2758,27 @@ class Monitor:
             pass
         return done, left
 
+    def export(self, wanted: dict[str, Any]) -> Iterator[bytes]:
+        """An export in pieces; it ends early when the server shuts down, and its last line is not there."""
+        pieces = self.store.pieces(lambda q: export_lines(q, wanted))
+        return itertools.takewhile(lambda _: not self.broadcaster.closed, pieces)
+
+    def take_export(self, raw: bytes, first: int) -> dict[str, Any]:
+        """Take in a part of an export, that begins with the header and goes on at line `first`: all or none.
+        What looks like a secret is masked; what was when it was stored stays to the byte."""
+
+        def read() -> list[Line]:
+            lines = [
+                read_line(line, where) for where, line in enumerate(rest.split(b"\n"), first) if line.strip()
+            ]
+            return [
+                line._replace(data=self.masked(line.data)) if line.event in LINES else line for line in lines
+            ]
+
+        head, _, rest = raw.partition(b"\n")
+        header, lines = read_header(head), self._in_thread(read)
+        return self.store.write(lambda t: import_lines(t, header, lines))
+
     def health(self) -> dict[str, Any]:
         """How the server is: database, writer, streams."""
         return {
@@ -2534,8 +2811,8 @@ def record_hook(t, hook: Hook, facts: dict[str, str], draft: Draft, place: Place
         changes = task_after(run, task, draft, facts["title"], now)
         if changes:
             t.change(TASK, task["number"], changes | {"updated_at": now})
-        elif t.one(TASK, str(task["number"]))["attention"] != task["attention"]:
-            t.append_row(TASK, "updated", task["number"])
+        else:
+            t.tell(task)
 
 
 def task_after(run: Any, task: Any, draft: Draft, title: str, now: str) -> dict[str, Any]:
@@ -2579,14 +2856,14 @@ def find_run(t, hook, facts, draft, place, moment) -> tuple[sqlite3.Row | None, 
             named = t.find(TASK, FIELDS["task_id"].check(hook.task, "task_id"))
     run = t.session(hook.agent, identity)
     if run is not None and named is not None and hook.task != run["asked"]:
-        t.save_session(dict(run) | {"asked": hook.task})
+        t.save("sessions", dict(run) | {"asked": hook.task})
         t.move_session(run, named, updates=False)
     elif run is None and identity and (named or draft.keep):
         number = named["number"] if named else task_of_run(t, hook, facts, draft, place, moment)
         values = {"agent": hook.agent, "id": identity, "task": number, "asked": hook.task if named else None}
         values |= {"model": facts.get("model"), "folder": facts["cwd"], **place._asdict()}
         times = dict.fromkeys(("started_at", "seen_at", "heard_at", "since"), moment)
-        t.save_session(values | times)
+        t.save("sessions", values | times)
     run = t.session(hook.agent, identity)
     return run, t.one(TASK, str(run["task"])) if run else named
 
@@ -2599,7 +2876,7 @@ def task_of_run(t: Transaction, hook: Hook, facts: dict, draft: Draft, place: Pl
         since, cleared = shifted(moment, -FOLLOW_SECONDS), facts["source"] == "clear"
         before = t.run_before(hook.agent, cwd, since, cleared)
         if before is not None:
-            t.save_session(dict(before) | {"state": "replaced"})
+            t.save("sessions", dict(before) | {"state": "replaced"})
             return before["task"]
     linked = t.linked_task(cwd, place)
     if linked is not None:
@@ -2631,12 +2908,12 @@ def note_run(t, run, facts, draft, place, moment, seq) -> None:
         t.end_subagents(run["agent"], run["id"], subagent)
     if subagent and draft.state == "blocked":
         if not late and run["state"] not in ("ended", "replaced"):
-            t.save_session(dict(run) | told | {"subagent": subagent, "state": "blocked"})
+            t.save("sessions", dict(run) | told | {"subagent": subagent, "state": "blocked"})
     elif state and not state == run["state"] == "working":
         changes |= told
     elif seq and run["state"] == "working":
         changes["seq"] = seq
-    t.save_session(dict(run) | changes)
+    t.save("sessions", dict(run) | changes)
 
 
 def link_name(fields: dict[str, Any]) -> dict[str, Any]:
@@ -2728,9 +3005,7 @@ def show_state(t: Transaction, task: sqlite3.Row, subject: Subject, closes: bool
         t.change(TASK, task["number"], {"status": "done", "updated_at": now})
         before = [row for row in before if row["number"] != task["number"]]
     for row in before:
-        after = t.one(TASK, str(row["number"]))
-        if any(after[name] != row[name] for name in ("ci", "pull_requests", "attention")):
-            t.append_row(TASK, "updated", row["number"])
+        t.tell(row)
 
 
 def task_changes(t: Transaction, row: sqlite3.Row, values: dict[str, Any], now: str) -> dict[str, Any]:
@@ -2887,7 +3162,7 @@ PAGE_ROWS = 100
 FILE_ROWS = 10_000  # of a download: the newest
 TASK_FILTER = "group status workstream_id attention q include_hidden include_archived"
 THREAD_FILTER = "before_seq around level source kind tag q task_id workstream_id"
-FILE_TYPES = {"md": "text/markdown", "json": "application/json", "ndjson": "application/x-ndjson"}
+FILE_TYPES = {"md": "text/markdown", "json": "application/json", "ndjson": LINES_TYPE}
 TOOL_KINDS = ("tool_use", "tool_failure", "file_change")
 
 
@@ -3091,6 +3366,20 @@ def prune_updates():
     else:
         done, left = monitor().prune(before, data_only)
     return answer(dump({"pruned": done, "left": left}))
+
+
+def send_export():
+    """The log as lines of JSON, or only what came after a number or since a time."""
+    body = monitor().export(query(EXPORT_QUERY))
+    return flask.Response(body, mimetype=LINES_TYPE, headers={"Cache-Control": "no-store"})
+
+
+def take_export():
+    """Take in a part of an export."""
+    if flask.request.mimetype != LINES_TYPE:
+        raise Problem("unsupported_media_type", f"an export must be sent as {LINES_TYPE}")
+    first = query(IMPORT_QUERY).get("line", 2)
+    return answer(dump(monitor().take_export(read_body(MAX_WEBHOOK), first)))
 
 
 def log_in():
@@ -3338,6 +3627,8 @@ ROUTES = (  # an answer of one expression stands here
     ("GET", "/api/admin/backup", send_backup),
     ("GET", "/api/admin/check", lambda: answer(dump({"problems": monitor().store.read(Queries.check)}))),
     ("POST", "/api/admin/prune", prune_updates),
+    ("GET", "/api/admin/export", send_export),
+    ("POST", "/api/admin/import", take_export),
     ("GET", "/login", lambda: page("login.html", next=local_path(flask.request.args.get("next")))),
     ("POST", "/login", log_in),
     ("POST", "/logout", log_out),
@@ -4124,9 +4415,10 @@ def ask(server: str, token: str, method: str, path: str, given=None, seconds=30,
 
     if not re.fullmatch(r"[\x21-\x7e]*", token):
         raise click.UsageError("the token holds characters that cannot be sent; see MONITOR_TOKEN")
-    options = {"params" if method == "GET" else "json": given, "timeout": (5, seconds)}
-    options |= {"allow_redirects": False, "stream": not whole}
+    sent = "params" if method == "GET" else "data" if isinstance(given, bytes) else "json"
+    options = {sent: given, "timeout": (5, seconds), "allow_redirects": False, "stream": not whole}
     bearer, told = {"Authorization": f"Bearer {token}"} if token else {}, None
+    bearer |= {"Content-Type": LINES_TYPE} if sent == "data" else {}
     with requests.Session() as session:
         # Else ~/.netrc replaces our bearer header, and http_proxy gets the requests for 127.0.0.1.
         session.trust_env = False
@@ -4317,6 +4609,84 @@ def prune(database: str | None, dry_run: bool | None, **wanted: Any) -> None:
                 done += answered["pruned"]
                 bar.update(answered["pruned"])
     show({"pruned": done, "left": answered["left"]})
+
+
+@command("export", "file since database")
+def export(file: str, since: str | None, database: str | None) -> None:
+    """Write all into a new FILE (-: to standard output) as lines of JSON, from which import builds the
+    database anew; with --since of the log only what came later."""
+    wanted = {"after_seq" if since.isdecimal() else "since": since} if since else None
+    if file != "-" and os.path.exists(file):
+        raise invalid(f"{file} exists; name a new file")
+    size, end, place = 0, b"", contextlib.nullcontext(sys.stdout.buffer) if file == "-" else new_file(file)
+    try:
+        with server_for(database) as server, place as copy:
+            response = server("GET", "/api/admin/export", wanted, LONG_SECONDS, whole=False)
+            with progress_bar(1, "Export") as bar:
+                for chunk in response.iter_content(READ_BYTES):
+                    copy.write(chunk)
+                    size, end = size + len(chunk), (end + chunk)[-len(END_LINE) :]
+                    found = re.findall(rb'^{"event":"export".*"head":(\d+)', chunk[:1000])
+                    bar.length = int(found[0]) if found else bar.length
+                    found = re.findall(rb'\n{"event":"\w+","id":(\d+)', chunk[chunk.rfind(b'\n{"event":"') :])
+                    bar.update(int(found[0]) - bar.pos if found else 0)
+            if end != END_LINE:
+                raise invalid("the export did not arrive whole")
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise invalid(f"cannot write {file}: {error.strerror or 'the server went away'}") from None
+    if file != "-":
+        show({"export": os.path.abspath(file), "bytes": size})
+
+
+def batches(lines: io.BufferedReader) -> Iterator[tuple[int, list[bytes], list[bytes]]]:
+    """The lines of an export that come after its first, about 1 MiB at a time: the number of the first one,
+    the last event before it, and the lines."""
+    first, before, batch = 2, [], []
+    for where, line in enumerate(iter(lambda: lines.readline(MAX_LINE), b""), 2):
+        batch.append(line)
+        if sum(map(len, batch)) > READ_BYTES:
+            yield first, before, batch
+            before = [each for each in batch if re.match(rb'{"event":"\w+","id":', each)][-1:] or before
+            first, batch = where + 1, []
+    yield first, before, batch
+
+
+@command("import", "file database")
+def take_file(file: str, database: str | None) -> None:
+    """Take in an export from FILE (-: from standard input): exact into an empty or new database, else what is
+    not there yet. It may be interrupted and repeated."""
+    try:
+        with contextlib.nullcontext(sys.stdin.buffer) if file == "-" else open(file, "rb") as lines:
+            header, size = lines.readline(MAX_LINE), 0
+            read_header(header)
+            if lines.seekable():
+                size = lines.seek(0, os.SEEK_END)
+                lines.seek(max(0, size - len(END_LINE)))
+                if lines.read() != END_LINE:
+                    raise invalid(f"{file} is not whole: its last line is missing; nothing was stored")
+                lines.seek(len(header))
+            if database:
+                os.close(os.open(parse_database(database) or os.devnull, os.O_WRONLY | os.O_CREAT, 0o600))
+            with server_for(database) as server, progress_bar(size, "Import") as bar:
+                show({"import": file, **send_batches(server, header, lines, bar)})
+    except OSError as error:
+        raise invalid(f"cannot read {file}: {error.strerror or error}") from None
+
+
+def send_batches(server: Callable, header: bytes, lines: io.BufferedReader, bar: Any) -> dict[str, Any]:
+    """Send an export; returns what became of it."""
+    told: Counter = Counter()
+    for first, before, batch in batches(lines):
+        body = header + b"".join(before + batch)
+        answered = server("POST", f"/api/admin/import?line={first - len(before)}", body, LONG_SECONDS)
+        exact = answered.pop("exact", False)
+        told.update(answered | {"known": answered["known"] - len(before)})
+        bar.update(sum(map(len, batch)))
+    if batch[-1:] != [END_LINE]:
+        raise invalid("this export is not whole: its last line is missing; what it has was stored")
+    return {**told, "exact": exact}
 
 
 @command("hook", "agent event")
