@@ -26,6 +26,7 @@ The file, top to bottom (each section has a banner of its own):
     web          API routes, stream, pages, create_app()
     server       the WSGI server with limits and time-outs, gevent first, threads without it
     hooks        agents plugged in: their settings, the hook that they run, the spool while no server answers
+    doctor       what is wrong here, and the command that mends it
     cli          options, output, and the HTTP client behind the commands
     commands     the click commands
 """
@@ -2115,6 +2116,21 @@ def connect(path: str, mode: str) -> sqlite3.Connection:
     return db
 
 
+def quick_check(path: str, seconds: float) -> str:
+    """What a quick look at all pages of a file finds: `ok`, what is wrong, or nothing when it takes longer."""
+    mode = "ro" if os.path.exists(path + "-wal") else "ro&immutable=1"
+    with contextlib.closing(connect(path, mode)) as db:
+        timer = threading.Timer(seconds, db.interrupt)
+        timer.start()
+        try:
+            return db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        except sqlite3.Error as error:
+            return "" if str(error) == "interrupted" else str(error)
+        finally:
+            timer.cancel()
+            timer.join()
+
+
 def copy_into(db: sqlite3.Connection, path: str) -> None:
     """Copy a database into a new file."""
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -4042,11 +4058,15 @@ def version_key(text: str | None) -> tuple[int, ...]:
     return tuple(map(int, found[0].split("."))) if found else ()
 
 
-def agent_version(agent: str) -> str | None:
+def agent_version(agent: str, seconds: int = 20) -> str | None:
     """The version of an agent's program; None where it cannot be told."""
     import subprocess
 
-    ask = {"args": [hook_agents()[agent]["program"], "--version"], "stdin": subprocess.DEVNULL, "timeout": 20}
+    ask = {
+        "args": [hook_agents()[agent]["program"], "--version"],
+        "stdin": subprocess.DEVNULL,
+        "timeout": seconds,
+    }
     with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
         told = subprocess.run(**ask, capture_output=True, encoding="utf-8").stdout
         return ".".join(map(str, version_key(told))) or None
@@ -4209,7 +4229,7 @@ def new_file(path: str, mode: int = 0o600) -> Iterator[io.BufferedWriter]:
         Path(partial).unlink(missing_ok=True)
 
 
-def check_hooks(agent: str, project: bool) -> dict[str, Any]:
+def check_hooks(agent: str, project: bool, seconds: int = 20) -> dict[str, Any]:
     """What a settings file holds of us: events, server, and whether that is what we would install now."""
     row: dict[str, Any] = {"agent": agent, "installed": False}
     try:
@@ -4217,7 +4237,7 @@ def check_hooks(agent: str, project: bool) -> dict[str, Any]:
         row |= {"installed": bool(file.ours), "file": file.name}
         if not file.ours:
             return {} if project else row
-        version, written = agent_version(agent), json.dumps(file.ours)
+        version, written = agent_version(agent, seconds), json.dumps(file.ours)
         found = re.search(r"_s:=(.*?)\}|\"url\": \"(.*?)/api/hooks/", written)
         server = found[1] or found[2] if found else CLIENT_SETTINGS[0].default
         wanted = wanted_hooks(agent, server, version or "999.0", '"type": "http"' in written)
@@ -4232,12 +4252,13 @@ def check_hooks(agent: str, project: bool) -> dict[str, Any]:
 # What templates/hook.sh does, for shells without curl.
 
 
-def post_hook(server: str, token: str, place: str, body: bytes, headers: dict[str, str]) -> int:
-    """Post within two seconds in all, past proxies and redirects; the status, 0 without an answer."""
+def exchange(server: str, token: str, request: str, body: bytes | None = None, headers=()) -> tuple:
+    """Ask within two seconds in all, past proxies and redirects; status (0: no answer), body, Date."""
     import http.client
     from urllib.parse import urlsplit
 
-    answered = [0]
+    answered: list[tuple[int, bytes, str]] = [(0, b"", "")]
+    method, path = request.split(" ", 1)
 
     def ask() -> None:
         with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
@@ -4245,13 +4266,21 @@ def post_hook(server: str, token: str, place: str, body: bytes, headers: dict[st
             kind = http.client.HTTPSConnection if to.scheme == "https" else http.client.HTTPConnection
             bearer = {"Authorization": f"Bearer {token}"} if token else {}
             with contextlib.closing(kind(to.hostname, to.port, timeout=HOOK_SECONDS)) as connection:
-                connection.request("POST", f"{to.path}/api/hooks/{place}", body, headers | bearer)
-                answered[0] = connection.getresponse().status
+                connection.request(method, to.path + path, body, dict(headers) | bearer)
+                response = connection.getresponse()
+                answered[0] = response.status, b"", response.getheader("Date", "")
+                if method == "GET":
+                    answered[0] = response.status, response.read(MAX_BODY), response.getheader("Date", "")
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(HOOK_SECONDS)
     return answered[0]
+
+
+def post_hook(server: str, token: str, place: str, body: bytes, headers: dict[str, str]) -> int:
+    """Post a hook; the status, 0 without an answer."""
+    return exchange(server, token, f"POST /api/hooks/{place}", body, headers)[0]
 
 
 def trouble_of(server: str, status: int, told: Any = None) -> Problem:
@@ -4292,6 +4321,150 @@ def flush_spool(server: str, token: str) -> tuple[int, int, int]:
             os.unlink(path)
             sent, refused = sent + (status < 300), refused + (status >= 400)
     return sent, refused, status
+
+
+# ======================================================================================================
+# doctor: what is wrong here, and the command that mends it; it changes nothing
+# ======================================================================================================
+
+FINDINGS = json.loads(
+    asset("templates", "doctor.json")
+)  # what, how bad, a sentence, the command that mends it
+FREE_BYTES, WAL_BYTES, SKEW_SECONDS = 100 * 1024 * 1024, 256 * 1024 * 1024, 5
+Found = Iterator[tuple[str, dict[str, Any]]]  # names of FINDINGS, and what their sentences tell
+
+
+def json_of(raw: bytes) -> dict[str, Any]:
+    """The JSON object in an answer; an empty one where there is none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(raw)
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
+def doctor_server(server: str, token: str, health: dict[str, Any]) -> Found:
+    """The server: is it there, is it Monitor, of our version, well, does it let us in, what time is it there.
+    What it says of itself goes into `health`."""
+    status, body, date = exchange(server, token, "GET /health")
+    if status == 0 or json_of(body).get("status") != "ok":
+        yield ("server_foreign" if status else "server_off"), {"server": server, "status": status}
+        return
+    health |= json_of(exchange(server, token, "GET /health?full=1")[1])
+    told = {"server": server, "version": "?", "seq": 0, "writer": "ok", "ours": __version__} | health
+    same = told["version"] in ("?", __version__)
+    yield "server_sick" if told["writer"] != "ok" else "server_ok" if same else "server_version", told
+    let_in = post_hook(server, token, "spooled", b"", SPOOL_HEADERS) == 400 and "version" in health
+    yield "token_ok" if let_in else "token_refused", told
+    with contextlib.suppress(ValueError):
+        there = datetime.datetime.strptime(date, "%a, %d %b %Y %H:%M:%S GMT").replace(tzinfo=datetime.UTC)
+        seconds = abs((datetime.datetime.now(datetime.UTC) - there).total_seconds())
+        yield "clock" if seconds > SKEW_SECONDS else "clock_ok", {"seconds": seconds}
+
+
+def doctor_database(path: str, served: bool) -> Found:
+    """The database file and its disk. One that was not closed is left alone where no server has it open:
+    opening it would change it."""
+    import shutil
+
+    told = {"path": path, "free": shutil.disk_usage(os.path.dirname(path) or ".").free}
+    if not os.path.exists(path):
+        yield "database_none", told
+        return
+    told |= {"size": os.path.getsize(path)}
+    wal = os.path.getsize(f"{path}-wal") if os.path.exists(f"{path}-wal") else 0
+    if wal and not served:
+        yield "database_left", told | {"size": wal}
+    else:
+        try:
+            problem = quick_check(path, HOOK_SECONDS) if stored_version(path) else "ok"
+            name = {"ok": "database_ok", "": "database_slow"}.get(problem, "database_broken")
+            yield name, told | {"problem": problem}
+        except Problem as problem:
+            yield "database_unread", told | {"problem": problem.message}
+    if os.stat(path).st_mode & 0o077:
+        yield "database_open", told
+    if wal > WAL_BYTES:
+        yield "wal_large", told | {"size": wal}
+    low = "disk_low" if told["free"] < told["size"] else "disk_ok"
+    yield "disk_full" if told["free"] < FREE_BYTES else low, told
+
+
+def doctor_packages(sqlite: str) -> Found:
+    """Python, SQLite and the packages."""
+    from importlib import metadata
+
+    yield "python", {"version": sys.version.split()[0], "executable": sys.executable}
+    old, reset = version_key(sqlite) < (3, 37), version_key(sqlite) < (3, 51, 3)
+    yield "sqlite_old" if old else "sqlite_reset" if reset else "sqlite_ok", {"version": sqlite}
+    have = []
+    for name, least in FINDINGS["packages"].items():
+        told = {"name": name, "least": least, "wanted": f"{name}>={least}", "executable": sys.executable}
+        with contextlib.suppress(metadata.PackageNotFoundError):  # in a zip a package may lack its version
+            have.append(f"{name} {metadata.version(name)}")
+            if version_key(metadata.version(name)) < version_key(least):
+                yield "package_old", told | {"version": metadata.version(name)}
+            continue
+        if importlib.util.find_spec(name.replace("-", "_")) is None:
+            yield "package_gevent" if name == "gevent" else "package_none", told
+    yield "packages_ok", {"packages": ", ".join(have)}
+
+
+def doctor_hooks(server: str) -> Found:
+    """The hooks of each agent, for the user and in this repository."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(2 * len(AGENTS)) as pool:
+        pairs = itertools.product(AGENTS, (False, True))
+        rows = list(pool.map(lambda pair: check_hooks(*pair, HOOK_SECONDS), pairs))
+    rows = [row for row in rows if row.get("installed") or "problem" in row]
+    for row in rows:
+        told = row | {"events": len(row.get("events", ())), "asked": server}
+        elsewhere = row.get("server", server) != server
+        yield "hooks_old" if "problem" in row else "hooks_elsewhere" if elsewhere else "hooks_ok", told
+    if not rows:
+        yield "hooks_none", {}
+
+
+def doctor_folders(server: str) -> Found:
+    """What waits in the spool, and who can read what is kept for the user."""
+    folder = spool_folder(server)
+    if folder is None:
+        yield "spool_off", {}
+    else:
+        waiting, there = spooled(folder), Path(folder)
+        told = {"folder": folder, "waiting": len(waiting)}
+        while not there.exists():
+            there = there.parent
+        if not os.access(there, os.W_OK | os.X_OK):
+            yield "spool_closed", told
+        elif not waiting:
+            yield "spool_ok", told
+        else:
+            since = datetime.datetime.fromtimestamp(os.path.getmtime(waiting[0]), datetime.UTC)
+            name = "spool_full" if len(waiting) >= MAX_SPOOLED else "spool_waiting"
+            yield name, told | {"age": age(timestamp(since))}
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    kept = [path for path in (f"{home}/monitor/config.toml", folder) if path and os.path.exists(path)]
+    wide = [path for path in kept if os.stat(path).st_mode & 0o077]
+    yield from (("folder_open", {"path": path}) for path in wide)
+    if not wide:
+        yield "folder_ok", {}
+
+
+def doctor_all(server: str, token: str, database: str | None) -> Found:
+    """All of it. What another server on this machine serves is looked at as a file, too."""
+    health: dict[str, Any] = {}
+    yield from doctor_server(server, token, health)
+    try:
+        path = Config.load({"MONITOR_DB": database}).database
+        served = os.path.exists(str(health.get("database"))) and database is None
+        path = health["database"] if served else path
+        yield from doctor_database(os.path.abspath(path), served) if path else ()
+    except Problem as problem:
+        yield "settings", {"problem": problem.message}
+    yield from doctor_packages(str(health.get("sqlite_version", sqlite3.sqlite_version)))
+    yield from doctor_hooks(server)
+    yield from doctor_folders(server)
 
 
 # ======================================================================================================
@@ -4687,6 +4860,30 @@ def send_batches(server: Callable, header: bytes, lines: io.BufferedReader, bar:
     if batch[-1:] != [END_LINE]:
         raise invalid("this export is not whole: its last line is missing; what it has was stored")
     return {**told, "exact": exact}
+
+
+@command("doctor", "database")
+def doctor(database: str | None) -> None:
+    """Say what is wrong, with the server, its database, the hooks of agents, the spool, versions and rights,
+    and the command that mends it. Changes nothing."""
+    import shlex
+
+    findings = []
+    for name, told in doctor_all(*target(), database):
+        what, level, sentence, mend = FINDINGS[name]
+        finding = {"check": what, "level": level, "message": sentence.format(**told)}
+        words = {each: shlex.quote(str(value)) for each, value in told.items()}
+        findings.append(finding | ({"mend": mend.format(**words)} if mend else {}))
+    failed = [finding for finding in findings if finding["level"] == "fail"]
+    if not sys.stdout.isatty():
+        show({"ok": not failed, "findings": findings})
+    for finding in findings if sys.stdout.isatty() and not quiet() else ():
+        level = click.style(f"{finding['level']:5}", {"warn": "yellow", "fail": "red"}.get(finding["level"]))
+        click.echo(level + plain(f"{finding['check']:12}{finding['message']}"))
+        if finding["level"] != "ok":
+            click.echo(plain(f"{'':17}{finding['mend']}"))
+    if failed:
+        raise invalid(f"{len(failed)} of these must be mended")
 
 
 @command("hook", "agent event")
