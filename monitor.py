@@ -2515,7 +2515,7 @@ def merge(t: Transaction, line: Line, gone: int, task: Callable[[str], sqlite3.R
         return t.merge_row(kind, data)
     if line.event in STATE:
         before = task(data["task"]) if "task" in data else None
-        seq = t.update_seq(data["update_id"]) if "update_id" in data else None
+        seq = t.update_seq(data["update_id"]) if data.get("update_id") else None
         news = line.event != "idempotency_keys" and t.take_row(line.event, data, seq)
         if news and before is not None:
             t.tell(before)
@@ -2546,9 +2546,7 @@ def import_lines(t: Transaction, header: dict[str, Any], lines: list[Line]) -> d
             gone = head["pruned"] if same else 0
             news = restore(t, line, header["head"], task) if exact else merge(t, line, gone, task)
         except (Problem, ValueError, sqlite3.IntegrityError, sqlite3.DataError) as error:
-            raise invalid(
-                f"line {line.where}: {error}; nothing from line {lines[0].where} on was stored"
-            ) from None
+            raise invalid(f"line {line.where}: {error}") from None
         told[("updates" if line.event == "update" else "changes") if news else "known"] += 1
     return {**told, "exact": exact}
 
@@ -2792,7 +2790,8 @@ class Monitor:
             ]
 
         head, _, rest = raw.partition(b"\n")
-        header, lines = read_header(head), self._in_thread(read)
+        header = read_header(head)
+        lines = self._in_thread(read)
         return self.store.write(lambda t: import_lines(t, header, lines))
 
     def health(self) -> dict[str, Any]:
@@ -4843,6 +4842,7 @@ def take_file(file: str, database: str | None) -> None:
             if database:
                 os.close(os.open(parse_database(database) or os.devnull, os.O_WRONLY | os.O_CREAT, 0o600))
             with server_for(database) as server, progress_bar(size, "Import") as bar:
+                bar.update(len(header))
                 show({"import": file, **send_batches(server, header, lines, bar)})
     except OSError as error:
         raise invalid(f"cannot read {file}: {error.strerror or error}") from None
@@ -4853,7 +4853,10 @@ def send_batches(server: Callable, header: bytes, lines: io.BufferedReader, bar:
     told: Counter = Counter()
     for first, before, batch in batches(lines):
         body = header + b"".join(before + batch)
-        answered = server("POST", f"/api/admin/import?line={first - len(before)}", body, LONG_SECONDS)
+        try:
+            answered = server("POST", f"/api/admin/import?line={first - len(before)}", body, LONG_SECONDS)
+        except Problem as problem:
+            raise Problem(problem.code, f"{problem.message}; nothing from line {first} on was stored") from None
         exact = answered.pop("exact", False)
         told.update(answered | {"known": answered["known"] - len(before)})
         bar.update(sum(map(len, batch)))
