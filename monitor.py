@@ -1495,13 +1495,9 @@ class Queries:
         found = self.first("SELECT seq FROM updates WHERE id = :id", id=uuid.UUID(identity).bytes)
         return found and found["seq"]
 
-    def last_seq(self) -> int:
-        """The number of the last row of the log; those after it may have been removed."""
-        return self.first("SELECT coalesce(MAX(seq), 0) FROM log")[0]
-
-    def row_at(self, seq: int) -> tuple[str, str]:
-        """Event and JSON of a row of the log; empty where there is none."""
-        return tuple(self.first("SELECT event, body FROM log WHERE seq = :seq", seq=seq) or ("", "{}"))
+    def last_row(self) -> tuple[int, str, str]:
+        """Number, event and JSON of the last row of the log; those after it may have been removed."""
+        return tuple(self.first("SELECT seq, event, body FROM log ORDER BY seq DESC LIMIT 1") or (0, "", ""))
 
     def newest_of_tasks(self) -> dict[str, str]:
         """The JSON of each task's newest update, by the task's id."""
@@ -1545,13 +1541,6 @@ def take(rows: Iterable[Any], limit: int) -> list[str]:
             break
         texts.append(row[0])
     return texts
-
-
-def draw(lines: Iterator[bytes]) -> bytes:
-    """The next lines, joined, up to READ_BYTES; one at least where there is one."""
-    drawn = io.BytesIO()
-    any(drawn.write(line) and drawn.tell() >= READ_BYTES for line in lines)
-    return drawn.getvalue()
 
 
 def update_query(chosen: Filter, wanted: dict[str, Any]) -> tuple[list[tuple[str, str]], dict[str, Any]]:
@@ -1799,7 +1788,7 @@ class Transaction(Queries):
         sql = "INSERT OR IGNORE INTO ended_sessions (signature, until) VALUES (?, ?)"
         self.db.execute(sql, (signature, until))
 
-    def redact_update(self, seq: int, now: str, at: int | None = None) -> str:
+    def redact_update(self, seq: int, now: str) -> str:
         """Wipe message and data of an update, leave its seq and a mark, and log that; returns its JSON.
         Merges the search index: a deleted entry stays in it until then (seconds at a million updates)."""
         sql = """
@@ -1812,9 +1801,7 @@ class Transaction(Queries):
             raise Problem("not_found", f"no update {seq}")
         self.db.execute("UPDATE updates SET has_data = 0 WHERE seq = ?", (seq,))
         self.db.execute("INSERT INTO update_search (update_search) VALUES ('optimize')")
-        return self.append(
-            "update_redacted", found["task"], found["workstream"], json.loads(found["body"]), at
-        )
+        return self.append("update_redacted", found["task"], found["workstream"], json.loads(found["body"]))
 
     def become(self, stream: str, pruned: int) -> None:
         """Make an empty database the copy of another one: its cursors count here, too."""
@@ -1824,25 +1811,25 @@ class Transaction(Queries):
         """Give no number up to `seq` any more; returns whether that changes anything."""
         return self.db.execute("UPDATE head SET seq = ? WHERE seq < ?", (seq, seq)).rowcount > 0
 
-    def take_row(self, table: str, row: dict[str, Any], seq: int | None) -> bool:
-        """Add a row of an export to a table of STATE, or put it in the place of an older one; returns whether
-        it did. `seq` is the update that it points to."""
+    def columns_of(self, table: str, row: dict[str, Any], seq: int | None = None) -> dict[str, Any]:
+        """A row of an export as the columns of its table; `seq`: the update that it points to."""
         names = {column["name"] for column in self.rows(f"PRAGMA table_info({table})")}
         must(row.keys() <= names | {"update_id"}, f"have the columns of {table}")
-        row = {name: value for name, value in row.items() if name in names}
-        row |= {name: self.one(kind, row[name])["number"] for name, kind in KINDS.items() if name in row}
-        row |= {name: dump(row[name]) for name in ("metadata",) if name in row}
-        row |= {name: bytes.fromhex(row[name]) for name in ("digest",) if name in row}
-        newer = STATE[table]
-        return self.save(
-            table, row | ({"seq": seq} if "seq" in row else {}), newer and f"excluded.{newer} > {newer}"
-        )
+        values = {name: value for name, value in row.items() if name in names}
+        values |= {name: self.one(kind, row[name])["number"] for name, kind in KINDS.items() if name in row}
+        values |= {"metadata": dump(row["metadata"])} if "metadata" in row else {}
+        values |= {"digest": bytes.fromhex(row["digest"])} if "digest" in row else {}
+        return values | ({"seq": seq} if "seq" in row else {})
+
+    def take_row(self, table: str, row: dict[str, Any], seq: int | None) -> bool:
+        """Add a row of an export, or put it in the place of an older one; returns whether it did."""
+        newer = STATE[table] and f"excluded.{STATE[table]} > {STATE[table]}"
+        return self.save(table, self.columns_of(table, row, seq), newer)
 
     def merge_row(self, kind: Kind, row: dict[str, Any]) -> bool:
         """Add a workstream or task of an export, or change an older one; returns whether it did."""
-        known, values = self.find(kind, row["id"]), row | {"metadata": dump(row["metadata"])}
+        known, values = self.find(kind, row["id"]), self.columns_of(kind.table, row)
         del values["number"]
-        values |= {"workstream": self.one(WORKSTREAM, row["workstream"])["number"]} if kind is TASK else {}
         if known is None:
             self.add(kind, values)
         elif row["updated_at"] > known["updated_at"]:
@@ -2086,6 +2073,13 @@ class Store:
         return transaction.frames
 
 
+def draw(lines: Iterator[bytes]) -> bytes:
+    """The next lines, joined, up to READ_BYTES; one at least where there is one."""
+    drawn = io.BytesIO()
+    any(drawn.write(line) and drawn.tell() >= READ_BYTES for line in lines)
+    return drawn.getvalue()
+
+
 def unavailable(error: Exception) -> Problem:
     """A database error as the sentence for who asked: nothing was stored, try again."""
     return Problem("unavailable", f"the database cannot be used now ({error}); nothing was stored, try again")
@@ -2117,7 +2111,7 @@ def connect(path: str, mode: str) -> sqlite3.Connection:
 
 
 def quick_check(path: str, seconds: float) -> str:
-    """What a quick look at all pages of a file finds: `ok`, what is wrong, or nothing when it takes longer."""
+    """What a quick look at all pages of a file finds: `ok`, what is wrong, or "" when it takes longer."""
     mode = "ro" if os.path.exists(path + "-wal") else "ro&immutable=1"
     with contextlib.closing(connect(path, mode)) as db:
         timer = threading.Timer(seconds, db.interrupt)
@@ -2524,7 +2518,7 @@ def merge(t: Transaction, line: Line, gone: int, task: Callable[[str], sqlite3.R
     if line.event == "update" and seq is None and line.id > gone:
         t.insert_update(task(data["task_id"]), data, data["timestamp"])
         return True
-    if line.event == "update_redacted" and seq and "redacted_at" not in json.loads(t.row_at(seq)[1]):
+    if line.event == "update_redacted" and seq and "redacted_at" not in json.loads(t.update(seq)):
         t.redact_update(seq, data.get("redacted_at") or timestamp())
         return True
     return False
@@ -2532,17 +2526,19 @@ def merge(t: Transaction, line: Line, gone: int, task: Callable[[str], sqlite3.R
 
 def import_lines(t: Transaction, header: dict[str, Any], lines: list[Line]) -> dict[str, Any]:
     """Take in lines of an export, all or none; returns how many were news, and whether all is exact."""
-    head, last, told = t.head(), t.last_seq(), Counter(updates=0, changes=0, known=0)
+    head, (last, event, body) = t.head(), t.last_row()
+    told = Counter(updates=0, changes=0, known=0)
     exact, same = head["seq"] == 0, head["stream"] == header["stream"]
     if exact:
         t.become(header["stream"], header["pruned"])
     task = functools.cache(lambda identity: t.one(TASK, identity))
     for line in lines:
         try:
-            if not exact and same and line.id == last:
-                event, body = t.row_at(last)
-                known = event == "update" and json.loads(body)["id"] == line.data.get("id")
-                exact = event == line.event and (known or body == dump(line.data))
+            if (
+                same and line.id == last and line.event == event
+            ):  # of an update the id counts: it may be wiped
+                here = json.loads(body)
+                exact = exact or here == line.data or (event == "update" and here["id"] == line.data["id"])
             gone = head["pruned"] if same else 0
             news = restore(t, line, header["head"], task) if exact else merge(t, line, gone, task)
         except (Problem, ValueError, sqlite3.IntegrityError, sqlite3.DataError) as error:
@@ -3385,16 +3381,14 @@ def prune_updates():
 
 def send_export():
     """The log as lines of JSON, or only what came after a number or since a time."""
-    body = monitor().export(query(EXPORT_QUERY))
-    return flask.Response(body, mimetype=LINES_TYPE, headers={"Cache-Control": "no-store"})
+    return flask.Response(monitor().export(query(EXPORT_QUERY)), mimetype=LINES_TYPE)
 
 
 def take_export():
     """Take in a part of an export."""
     if flask.request.mimetype != LINES_TYPE:
         raise Problem("unsupported_media_type", f"an export must be sent as {LINES_TYPE}")
-    first = query(IMPORT_QUERY).get("line", 2)
-    return answer(dump(monitor().take_export(read_body(MAX_WEBHOOK), first)))
+    return answer(dump(monitor().take_export(read_body(MAX_WEBHOOK), query(IMPORT_QUERY).get("line", 2))))
 
 
 def log_in():
@@ -4326,11 +4320,11 @@ def flush_spool(server: str, token: str) -> tuple[int, int, int]:
 # doctor: what is wrong here, and the command that mends it; it changes nothing
 # ======================================================================================================
 
-FINDINGS = json.loads(
-    asset("templates", "doctor.json")
-)  # what, how bad, a sentence, the command that mends it
+FINDINGS = json.loads(asset("templates", "doctor.json"))  # by check: how bad, when, sentence, what mends it
+PACKAGES = {"flask": "3.1.3", "werkzeug": "3.1.6", "flask-sock": "0.7", "click": "8.2", "requests": "2.32.4"}
+PACKAGES |= {"gevent": "25.4.1"}
 FREE_BYTES, WAL_BYTES, SKEW_SECONDS = 100 * 1024 * 1024, 256 * 1024 * 1024, 5
-Found = Iterator[tuple[str, dict[str, Any]]]  # names of FINDINGS, and what their sentences tell
+Facts = Iterator[tuple[str, dict[str, Any]]]  # a check of FINDINGS, and what holds there
 
 
 def json_of(raw: bytes) -> dict[str, Any]:
@@ -4341,129 +4335,125 @@ def json_of(raw: bytes) -> dict[str, Any]:
     return {}
 
 
-def doctor_server(server: str, token: str, health: dict[str, Any]) -> Found:
-    """The server: is it there, is it Monitor, of our version, well, does it let us in, what time is it there.
-    What it says of itself goes into `health`."""
+def server_facts(server: str, token: str, health: dict[str, Any]) -> Facts:
+    """Who answers, whether they let us in, and what time it is there; what they say goes into `health`."""
+    from email.utils import parsedate_to_datetime
+
     status, body, date = exchange(server, token, "GET /health")
-    if status == 0 or json_of(body).get("status") != "ok":
-        yield ("server_foreign" if status else "server_off"), {"server": server, "status": status}
-        return
-    health |= json_of(exchange(server, token, "GET /health?full=1")[1])
-    told = {"server": server, "version": "?", "seq": 0, "writer": "ok", "ours": __version__} | health
-    same = told["version"] in ("?", __version__)
-    yield "server_sick" if told["writer"] != "ok" else "server_ok" if same else "server_version", told
-    let_in = post_hook(server, token, "spooled", b"", SPOOL_HEADERS) == 400 and "version" in health
-    yield "token_ok" if let_in else "token_refused", told
-    with contextlib.suppress(ValueError):
-        there = datetime.datetime.strptime(date, "%a, %d %b %Y %H:%M:%S GMT").replace(tzinfo=datetime.UTC)
-        seconds = abs((datetime.datetime.now(datetime.UTC) - there).total_seconds())
-        yield "clock" if seconds > SKEW_SECONDS else "clock_ok", {"seconds": seconds}
+    ours = json_of(body).get("status") == "ok"
+    health |= json_of(exchange(server, token, "GET /health?full=1")[1]) if ours else {}
+    facts = {"server": server, "status": status, "off": not status, "foreign": not ours, "ours": __version__}
+    facts |= {"version": "?", "writer": "ok", "seq": "?"} | health
+    facts |= {"sick": facts["writer"] != "ok", "other": facts["version"] not in ("?", __version__)}
+    yield "server", facts
+    if ours:
+        no_event = post_hook(server, token, "spooled", b"", SPOOL_HEADERS)  # it must say 400
+        yield "token", facts | {"refused": "version" not in health or no_event != 400}
+        with contextlib.suppress(ValueError, TypeError):
+            seconds = abs(parsedate_to_datetime(date).timestamp() - time.time())
+            yield "clock", {"seconds": seconds, "skewed": seconds > SKEW_SECONDS}
 
 
-def doctor_database(path: str, served: bool) -> Found:
-    """The database file and its disk. One that was not closed is left alone where no server has it open:
-    opening it would change it."""
+def database_facts(path: str, served: bool) -> Facts:
+    """The file and its disk. One that was not closed is left alone where no server has it open: to read it
+    would change it."""
     import shutil
 
-    told = {"path": path, "free": shutil.disk_usage(os.path.dirname(path) or ".").free}
-    if not os.path.exists(path):
-        yield "database_none", told
-        return
-    told |= {"size": os.path.getsize(path)}
-    wal = os.path.getsize(f"{path}-wal") if os.path.exists(f"{path}-wal") else 0
-    if wal and not served:
-        yield "database_left", told | {"size": wal}
-    else:
+    size, wal = (os.path.getsize(each) if os.path.exists(each) else 0 for each in (path, f"{path}-wal"))
+    facts = {
+        "path": path,
+        "size": size,
+        "wal": wal,
+        "none": not os.path.exists(path),
+        "left": wal and not served,
+    }
+    if not facts["none"] and not facts["left"]:
         try:
-            problem = quick_check(path, HOOK_SECONDS) if stored_version(path) else "ok"
-            name = {"ok": "database_ok", "": "database_slow"}.get(problem, "database_broken")
-            yield name, told | {"problem": problem}
+            found = quick_check(path, HOOK_SECONDS) if stored_version(path) else "ok"
+            facts |= {"broken": found if found != "ok" else "", "slow": not found}
         except Problem as problem:
-            yield "database_unread", told | {"problem": problem.message}
-    if os.stat(path).st_mode & 0o077:
-        yield "database_open", told
-    if wal > WAL_BYTES:
-        yield "wal_large", told | {"size": wal}
-    low = "disk_low" if told["free"] < told["size"] else "disk_ok"
-    yield "disk_full" if told["free"] < FREE_BYTES else low, told
+            facts["odd"] = problem.message
+    facts |= {"open": size and os.stat(path).st_mode & 0o077, "grown": wal > WAL_BYTES}
+    yield "database", facts
+    folder = os.path.dirname(path)
+    if os.path.isdir(folder):
+        free = shutil.disk_usage(folder).free
+        yield "disk", {"path": path, "free": free, "full": free < FREE_BYTES, "low": free < size}
 
 
-def doctor_packages(sqlite: str) -> Found:
+def version_facts(sqlite: str) -> Facts:
     """Python, SQLite and the packages."""
     from importlib import metadata
 
-    yield "python", {"version": sys.version.split()[0], "executable": sys.executable}
-    old, reset = version_key(sqlite) < (3, 37), version_key(sqlite) < (3, 51, 3)
-    yield "sqlite_old" if old else "sqlite_reset" if reset else "sqlite_ok", {"version": sqlite}
-    have = []
-    for name, least in FINDINGS["packages"].items():
-        told = {"name": name, "least": least, "wanted": f"{name}>={least}", "executable": sys.executable}
-        with contextlib.suppress(metadata.PackageNotFoundError):  # in a zip a package may lack its version
-            have.append(f"{name} {metadata.version(name)}")
-            if version_key(metadata.version(name)) < version_key(least):
-                yield "package_old", told | {"version": metadata.version(name)}
-            continue
-        if importlib.util.find_spec(name.replace("-", "_")) is None:
-            yield "package_gevent" if name == "gevent" else "package_none", told
-    yield "packages_ok", {"packages": ", ".join(have)}
+    python = {"python": sys.version.split()[0], "executable": sys.executable}
+    yield "python", python
+    number = version_key(sqlite)
+    yield "sqlite", {"version": sqlite, "old": number < (3, 37), "reset": number < (3, 51, 3)}
+    for name, least in PACKAGES.items():
+        there, version = importlib.util.find_spec(name.replace("-", "_")), ""
+        with contextlib.suppress(metadata.PackageNotFoundError):  # in a zip a package has none
+            version = metadata.version(name)
+        facts = python | {"name": name, "least": least, "version": version, "wanted": f"{name}>={least}"}
+        old = version and version_key(version) < version_key(least)
+        yield "packages", facts | {"missing": not there, "old": old, "gevent": not there and name == "gevent"}
 
 
-def doctor_hooks(server: str) -> Found:
+def hook_facts(server: str) -> Facts:
     """The hooks of each agent, for the user and in this repository."""
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(2 * len(AGENTS)) as pool:
         pairs = itertools.product(AGENTS, (False, True))
-        rows = list(pool.map(lambda pair: check_hooks(*pair, HOOK_SECONDS), pairs))
-    rows = [row for row in rows if row.get("installed") or "problem" in row]
-    for row in rows:
-        told = row | {"events": len(row.get("events", ())), "asked": server}
+        found = pool.map(lambda pair: check_hooks(*pair, HOOK_SECONDS), pairs)
+        rows = {row["file"]: row for row in found if row.get("installed") or "problem" in row}
+    for row in rows.values():
         elsewhere = row.get("server", server) != server
-        yield "hooks_old" if "problem" in row else "hooks_elsewhere" if elsewhere else "hooks_ok", told
+        yield "hooks", row | {"asked": server, "elsewhere": elsewhere, "count": len(row.get("events", ()))}
     if not rows:
-        yield "hooks_none", {}
+        yield "hooks", {"none": True}
 
 
-def doctor_folders(server: str) -> Found:
+def folder_facts(server: str) -> Facts:
     """What waits in the spool, and who can read what is kept for the user."""
-    folder = spool_folder(server)
-    if folder is None:
-        yield "spool_off", {}
-    else:
-        waiting, there = spooled(folder), Path(folder)
-        told = {"folder": folder, "waiting": len(waiting)}
-        while not there.exists():
-            there = there.parent
-        if not os.access(there, os.W_OK | os.X_OK):
-            yield "spool_closed", told
-        elif not waiting:
-            yield "spool_ok", told
-        else:
-            since = datetime.datetime.fromtimestamp(os.path.getmtime(waiting[0]), datetime.UTC)
-            name = "spool_full" if len(waiting) >= MAX_SPOOLED else "spool_waiting"
-            yield name, told | {"age": age(timestamp(since))}
-    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    kept = [path for path in (f"{home}/monitor/config.toml", folder) if path and os.path.exists(path)]
-    wide = [path for path in kept if os.stat(path).st_mode & 0o077]
-    yield from (("folder_open", {"path": path}) for path in wide)
-    if not wide:
-        yield "folder_ok", {}
+    folder, home = spool_folder(server), os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    waiting, there = (
+        spooled(folder),
+        next(filter(os.path.exists, map(str, [folder or "/", *Path(folder or "/").parents]))),
+    )
+    facts = {"off": folder is None, "folder": folder, "there": there, "waiting": len(waiting)}
+    facts |= {"closed": not os.access(there, os.W_OK | os.X_OK), "full": len(waiting) >= MAX_SPOOLED}
+    with contextlib.suppress(OSError, IndexError):
+        oldest = datetime.datetime.fromtimestamp(os.path.getmtime(waiting[0]), datetime.UTC)
+        facts["oldest"] = age(timestamp(oldest))
+    yield "spool", facts
+    for path in filter(os.path.exists, (f"{home}/monitor/config.toml", folder or "")):
+        yield "rights", {"path": path, "wide": os.stat(path).st_mode & 0o077}
 
 
-def doctor_all(server: str, token: str, database: str | None) -> Found:
-    """All of it. What another server on this machine serves is looked at as a file, too."""
+def all_facts(server: str, token: str, database: str | None) -> Facts:
+    """All that a doctor looks at. A file that a server on this machine has open is looked at, too."""
     health: dict[str, Any] = {}
-    yield from doctor_server(server, token, health)
+    yield from server_facts(server, token, health)
     try:
-        path = Config.load({"MONITOR_DB": database}).database
-        served = os.path.exists(str(health.get("database"))) and database is None
-        path = health["database"] if served else path
-        yield from doctor_database(os.path.abspath(path), served) if path else ()
+        served = database is None and os.path.exists(str(health.get("database")))
+        path = health["database"] if served else Config.load({"MONITOR_DB": database}).database
+        yield from database_facts(os.path.abspath(path), served) if path else ()
     except Problem as problem:
         yield "settings", {"problem": problem.message}
-    yield from doctor_packages(str(health.get("sqlite_version", sqlite3.sqlite_version)))
-    yield from doctor_hooks(server)
-    yield from doctor_folders(server)
+    yield from version_facts(str(health.get("sqlite_version", sqlite3.sqlite_version)))
+    yield from hook_facts(server)
+    yield from folder_facts(server)
+
+
+def findings(facts: Facts) -> Iterator[dict[str, str]]:
+    """Of each check the first row of FINDINGS that holds: how bad it is, a sentence, what mends it."""
+    import shlex
+
+    for check, told in facts:
+        level, _, sentence, mend = next(row for row in FINDINGS[check] if not row[1] or told.get(row[1]))
+        finding = {"check": check, "level": level, "message": sentence.format(**told)}
+        words = {name: shlex.quote(str(value)) for name, value in told.items()}
+        yield finding | ({"mend": mend.format(**words)} if mend else {})
 
 
 # ======================================================================================================
@@ -4856,7 +4846,9 @@ def send_batches(server: Callable, header: bytes, lines: io.BufferedReader, bar:
         try:
             answered = server("POST", f"/api/admin/import?line={first - len(before)}", body, LONG_SECONDS)
         except Problem as problem:
-            raise Problem(problem.code, f"{problem.message}; nothing from line {first} on was stored") from None
+            raise Problem(
+                problem.code, f"{problem.message}; nothing from line {first} on was stored"
+            ) from None
         exact = answered.pop("exact", False)
         told.update(answered | {"known": answered["known"] - len(before)})
         bar.update(sum(map(len, batch)))
@@ -4869,22 +4861,17 @@ def send_batches(server: Callable, header: bytes, lines: io.BufferedReader, bar:
 def doctor(database: str | None) -> None:
     """Say what is wrong, with the server, its database, the hooks of agents, the spool, versions and rights,
     and the command that mends it. Changes nothing."""
-    import shlex
-
-    findings = []
-    for name, told in doctor_all(*target(), database):
-        what, level, sentence, mend = FINDINGS[name]
-        finding = {"check": what, "level": level, "message": sentence.format(**told)}
-        words = {each: shlex.quote(str(value)) for each, value in told.items()}
-        findings.append(finding | ({"mend": mend.format(**words)} if mend else {}))
-    failed = [finding for finding in findings if finding["level"] == "fail"]
+    found = list(findings(all_facts(*target(), database)))
+    failed = [finding for finding in found if finding["level"] == "fail"]
     if not sys.stdout.isatty():
-        show({"ok": not failed, "findings": findings})
-    for finding in findings if sys.stdout.isatty() and not quiet() else ():
-        level = click.style(f"{finding['level']:5}", {"warn": "yellow", "fail": "red"}.get(finding["level"]))
-        click.echo(level + plain(f"{finding['check']:12}{finding['message']}"))
-        if finding["level"] != "ok":
-            click.echo(plain(f"{'':17}{finding['mend']}"))
+        show({"ok": not failed, "findings": found})
+    for finding in found if sys.stdout.isatty() and not quiet() else ():
+        colour = {"warn": "yellow", "fail": "red"}.get(finding["level"], "green")
+        click.echo(
+            click.style(f"{finding['level']:5}", colour) + plain(f"{finding['check']:10}{finding['message']}")
+        )
+        if "mend" in finding:
+            click.echo(plain(f"{'':15}{finding['mend']}"))
     if failed:
         raise invalid(f"{len(failed)} of these must be mended")
 
