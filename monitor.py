@@ -2492,7 +2492,7 @@ def restore(t: Transaction, line: Line, head: int, task: Callable[[str], sqlite3
         return t.take_row(line.event, line.data, line.data.get("seq"))
     if line.id is None:
         return t.advance(head)
-    if line.id <= t.head()["seq"]:
+    if line.id <= (t.frames[-1].seq if t.frames else t.head()["seq"]):
         return False
     if line.event == "update":
         must(line.data["seq"] == line.id, "have the seq of its id")
