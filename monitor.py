@@ -2534,9 +2534,7 @@ def import_lines(t: Transaction, header: dict[str, Any], lines: list[Line]) -> d
     task = functools.cache(lambda identity: t.one(TASK, identity))
     for line in lines:
         try:
-            if (
-                same and line.id == last and line.event == event
-            ):  # of an update the id counts: it may be wiped
+            if same and (line.id, line.event) == (last, event):  # of an update the id counts: it may be wiped
                 here = json.loads(body)
                 exact = exact or here == line.data or (event == "update" and here["id"] == line.data["id"])
             gone = head["pruned"] if same else 0
@@ -4431,13 +4429,16 @@ def folder_facts(server: str) -> Facts:
 
 
 def all_facts(server: str, token: str, database: str | None) -> Facts:
-    """All that a doctor looks at. A file that a server on this machine has open is looked at, too."""
+    """All that a doctor looks at; of the databases that which is named, which a server on this machine has
+    open, or, where none answers, that of the settings."""
     health: dict[str, Any] = {}
     yield from server_facts(server, token, health)
     try:
-        served = database is None and os.path.exists(str(health.get("database")))
-        path = health["database"] if served else Config.load({"MONITOR_DB": database}).database
-        yield from database_facts(os.path.abspath(path), served) if path else ()
+        path, asked = Config.load({"MONITOR_DB": database}).database, database is None and "version" in health
+        if asked:
+            near = re.match(r"https?://(localhost|127\.|\[::1\])", server)
+            path = health["database"] if near and os.path.exists(str(health.get("database"))) else None
+        yield from database_facts(os.path.abspath(path), asked) if path else ()
     except Problem as problem:
         yield "settings", {"problem": problem.message}
     yield from version_facts(str(health.get("sqlite_version", sqlite3.sqlite_version)))
@@ -4805,13 +4806,14 @@ def export(file: str, since: str | None, database: str | None) -> None:
 def batches(lines: io.BufferedReader) -> Iterator[tuple[int, list[bytes], list[bytes]]]:
     """The lines of an export that come after its first, about 1 MiB at a time: the number of the first one,
     the last event before it, and the lines."""
-    first, before, batch = 2, [], []
+    first, before, batch, size = 2, [], [], 0
     for where, line in enumerate(iter(lambda: lines.readline(MAX_LINE), b""), 2):
         batch.append(line)
-        if sum(map(len, batch)) > READ_BYTES:
+        size += len(line)
+        if size > READ_BYTES:
             yield first, before, batch
             before = [each for each in batch if re.match(rb'{"event":"\w+","id":', each)][-1:] or before
-            first, batch = where + 1, []
+            first, batch, size = where + 1, [], 0
     yield first, before, batch
 
 
@@ -4846,10 +4848,11 @@ def send_batches(server: Callable, header: bytes, lines: io.BufferedReader, bar:
         try:
             answered = server("POST", f"/api/admin/import?line={first - len(before)}", body, LONG_SECONDS)
         except Problem as problem:
-            raise Problem(
-                problem.code, f"{problem.message}; nothing from line {first} on was stored"
-            ) from None
-        exact = answered.pop("exact", False)
+            stored = f"{problem.message}; nothing from line {first} on was stored"
+            raise Problem(problem.code, stored) from None
+        if answered.keys() != {"updates", "changes", "known", "exact"}:
+            raise invalid("the server's answer is not that of an import; is it a Monitor server?")
+        exact = answered.pop("exact")
         told.update(answered | {"known": answered["known"] - len(before)})
         bar.update(sum(map(len, batch)))
     if batch[-1:] != [END_LINE]:
@@ -4867,9 +4870,8 @@ def doctor(database: str | None) -> None:
         show({"ok": not failed, "findings": found})
     for finding in found if sys.stdout.isatty() and not quiet() else ():
         colour = {"warn": "yellow", "fail": "red"}.get(finding["level"], "green")
-        click.echo(
-            click.style(f"{finding['level']:5}", colour) + plain(f"{finding['check']:10}{finding['message']}")
-        )
+        words = plain(f"{finding['check']:10}{finding['message']}")
+        click.echo(click.style(f"{finding['level']:5}", colour) + words)
         if "mend" in finding:
             click.echo(plain(f"{'':15}{finding['mend']}"))
     if failed:
