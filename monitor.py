@@ -20,6 +20,7 @@ The file, top to bottom (each section has a banner of its own):
     store        all the SQL there is: reading, and writing inside a transaction
     database     the file, its connections, the one writer with group commit
     stream       the ring of newest frames, the wake-up, follow(): a subscriber is a cursor into the log
+    transfer     a database as lines of JSON, and back: exact into an empty one, merged into any other
     monitor      the operations: everything that API, pages and commands do
     guard        who may ask: Host, Origin, bearer token
     schema       the routes as an OpenAPI document, made from the tables that check what they are given
@@ -30,6 +31,7 @@ The file, top to bottom (each section has a banner of its own):
     app          all routes, errors, what every answer has, create_app()
     server       the WSGI server with limits and time-outs, gevent first, threads without it
     hooks        agents plugged in: their settings, the hook that they run, the spool while no server answers
+    doctor       what is wrong here, and the command that mends it
     cli          options, output, and the HTTP client behind the commands
     commands     the click commands
 """
@@ -280,22 +282,20 @@ def dump(value: Any) -> str:
     return ENCODER.encode(value)
 
 
-def parse_json(raw: bytes) -> Any:
+def parse_json(raw: bytes, depth: int = MAX_DEPTH) -> Any:
     """Parse a JSON text in UTF-8. Problem for what could not be stored and given back: also NaN, numbers
     that overflow to infinity (json.loads("1e999") gives one, and one stored breaks every list that holds
-    it), integers beyond 64 bits, more than 64 levels, NUL (SQL functions cut strings there), lone
+    it), integers beyond 64 bits, more than `depth` levels, NUL (SQL functions cut strings there), lone
     surrogates."""
     try:
         text = raw.decode("utf-8")
         value = DECODER.decode(text)
-        if text.count("[") + text.count("{") > MAX_DEPTH and any(
-            itertools.islice(nested(value), MAX_DEPTH, None)
-        ):
+        if text.count("[") + text.count("{") > depth and any(itertools.islice(nested(value), depth, None)):
             raise RecursionError
     except UnicodeDecodeError:
         raise invalid("the body is not UTF-8") from None
     except RecursionError:
-        raise invalid(f"the body is nested deeper than {MAX_DEPTH} levels") from None
+        raise invalid(f"the body is nested deeper than {depth} levels") from None
     except ValueError as error:
         raise invalid(f"the body is not JSON: {error}") from None
     if "\\u" in text and re.search(r"\\u(0000|[dD][89a-fA-F])", text) and not storable(value):
@@ -351,6 +351,7 @@ def read_text(value: Any, schema: dict[str, Any]) -> str:
     must(len(value) <= schema["maxLength"], f"have at most {schema['maxLength']} characters")
     must(value.strip() or not schema.get("minLength"), "not be empty")
     must(not UNSTORABLE.search(value), "hold neither NUL nor lone surrogates")
+    must("pattern" not in schema or re.fullmatch(schema["pattern"], value), "look like one of ours")
     return value
 
 
@@ -402,11 +403,17 @@ def read_number(value: str, schema: dict[str, Any]) -> int:
 
 def read_time(value: str, schema: dict[str, Any]) -> str:
     """An RFC 3339 time in a query (UTC where it names no zone), normalised to sort as text."""
-    with contextlib.suppress(ValueError, OverflowError):
+    with contextlib.suppress(ValueError, OverflowError, TypeError, AttributeError):
         text = re.sub(r"(?<=:\d\d):60", ":59", value.upper())  # a leap second
         moment = datetime.datetime.fromisoformat(text)
         return timestamp(moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC))
     raise ValueError("be a time such as 2026-01-31T09:30:00Z")
+
+
+def read_count(value: Any, schema: dict[str, Any]) -> int:
+    """A whole number in JSON, small enough for every reader of JSON."""
+    must(type(value) is int and 0 <= value < 2**53, "be a whole number")
+    return value
 
 
 def read_any(value: Any, schema: dict[str, Any]) -> Any:
@@ -418,6 +425,7 @@ def read_any(value: Any, schema: dict[str, Any]) -> Any:
 READERS = {
     "any": read_any,
     "choice": read_choice,
+    "count": read_count,
     "flag": read_flag,
     "number": read_number,
     "reference": read_reference,
@@ -449,13 +457,13 @@ FIELDS = {name: Field(*row) for name, row in json.loads(asset("templates", "fiel
 
 
 def fields(names: str) -> Fields:
-    """The field table of a body or query; a name with `!` must be there."""
-    pairs = ((name.rstrip("!"), "!" in name) for name in names.split())
-    return {name: FIELDS[name]._replace(required=required) for name, required in pairs}
+    """The field table of a body or query; `!`: must be there; `name=other`: one like the other."""
+    parts = ((*name.rstrip("!").partition("="), "!" in name) for name in names.split())
+    return {name: FIELDS[other or name]._replace(required=required) for name, _, other, required in parts}
 
 
 NEW_WORKSTREAM = fields("name! metadata")
-WORKSTREAM_CHANGES = fields("name status metadata") | {"status": FIELDS["workstream_status"]}
+WORKSTREAM_CHANGES = fields("name status=workstream_status metadata")
 NEW_TASK = fields("workstream_id! name! metadata")
 TASK_CHANGES = fields("name workstream_id status summary_text summary_source hidden metadata")
 MANUAL_UPDATE = fields("task_id! message! level kind tags data")
@@ -484,6 +492,7 @@ SOCKET_FIELDS = {
     "update": fields("update! key"),
     "ping": {},
 }
+EXPORT_QUERY, IMPORT_QUERY = fields("after_seq since"), fields("line")
 
 
 def clean(payload: Any, fields: Fields) -> dict[str, Any]:
@@ -1288,6 +1297,7 @@ WORKSTREAM = Kind("workstream", "workstreams", "workstreams", COLUMNS, NEW_WORKS
 COLUMNS += " number workstream_id summary_text summary_updated_at summary_source hidden_at attention"
 COLUMNS += " ci pull_requests status_since"
 TASK = Kind("task", "tasks", "task_rows", COLUMNS, NEW_TASK, TASK_CHANGES)
+KINDS = {"workstream": WORKSTREAM, "task": TASK}
 
 
 # ======================================================================================================
@@ -1300,6 +1310,16 @@ PAGE_BYTES = 8 * 1024 * 1024
 KEY_SECONDS = 7 * 86400
 PRUNE_ROWS = 500  # one batch of pruning: writers wait for it
 FREE_PAGES = 1000
+STATE = {  # what exports hold besides the log, by table: the column that tells the newer of two rows
+    "workstreams": "", "tasks": "", "sessions": "seen_at", "folders": "", "links": "", "pull_requests": "at",
+    "checks": "at", "idempotency_keys": "",
+}  # fmt: skip
+POINTERS = {  # how exports name what a row points to: numbers of rows differ between databases
+    "task": "(SELECT id FROM tasks WHERE number = t.task)",
+    "workstream": "(SELECT id FROM workstreams WHERE number = t.workstream)",
+    "seq": "(SELECT json_extract(body, '$.id') FROM log WHERE log.seq = t.seq) AS update_id, t.seq",
+    "digest": "hex(digest)",
+}
 
 
 def search_words(text: str) -> str:
@@ -1521,6 +1541,33 @@ class Queries:
         sql = "SELECT * FROM task_changes WHERE task = :task AND seq > :after AND seq < :before"
         return [dict(row) for row in self.rows(sql, task=task, after=after, before=before)]
 
+    def seq_before(self, moment: str) -> int:
+        """The number before that of the first update since a moment; the newest where there is none."""
+        first = "SELECT MIN(seq) - 1 FROM updates WHERE timestamp >= :moment"
+        return self.first(f"SELECT coalesce(({first}), seq) FROM head", moment=moment)[0]
+
+    def log(self, since: int) -> Iterator[sqlite3.Row]:
+        """The rows of the log after a number, one by one."""
+        sql = "SELECT seq, event, task, workstream, body FROM log WHERE seq > ? ORDER BY seq"
+        return self.db.execute(sql, (since,))
+
+    def state(self, table: str) -> Iterator[dict[str, Any]]:
+        """The rows of a table of STATE, one by one; what they point to is named by its id."""
+        names = [row["name"] for row in self.rows(f"PRAGMA table_info({table})")]
+        parts = ", ".join(f"{POINTERS.get(name, name)} AS {name}" for name in names)
+        for row in self.db.execute(f"SELECT {parts} FROM {table} AS t"):
+            found = dict(row)
+            yield found | ({"metadata": json.loads(found["metadata"])} if "metadata" in found else {})
+
+    def update_seq(self, identity: str) -> int | None:
+        """The number of the update with an id; None: it is not here."""
+        found = self.first("SELECT seq FROM updates WHERE id = :id", id=uuid.UUID(identity).bytes)
+        return found and found["seq"]
+
+    def last_row(self) -> tuple[int, str, str]:
+        """Number, event and JSON of the last row of the log; those after it may have been removed."""
+        return tuple(self.first("SELECT seq, event, body FROM log ORDER BY seq DESC LIMIT 1") or (0, "", ""))
+
     def newest_of_tasks(self) -> dict[str, str]:
         """The JSON of each task's newest update, by the task's id."""
         return dict(map(tuple, self.rows("SELECT task_id, body FROM newest_of_tasks")))
@@ -1632,9 +1679,10 @@ class Transaction(Queries):
         super().__init__(db)
         self.frames: list[Frame] = []
 
-    def append(self, event: str, task: int | None, workstream: int, value: dict, **facets: Any) -> str:
-        """Write the next log row, an update's with its number; returns the JSON."""
-        seq = self.first("UPDATE head SET seq = seq + 1 RETURNING seq")["seq"]
+    def append(self, event: str, task: int | None, workstream: int, value: dict, at=None, **facets) -> str:
+        """Write the next log row, an update's with its number (`at`: what the row has elsewhere, beyond all
+        of ours); returns the JSON."""
+        seq = self.first("UPDATE head SET seq = coalesce(:at, seq + 1) RETURNING seq", at=at)["seq"]
         body = dump({"seq": seq} | value if event == "update" else value)
         self.db.execute(
             "INSERT INTO log (seq, event, task, workstream, body) VALUES (?, ?, ?, ?, ?)",
@@ -1648,6 +1696,12 @@ class Transaction(Queries):
         row = self.first(f"SELECT * FROM {kind.view} WHERE number = :number", number=number)
         place = (number, row["workstream"]) if kind is TASK else (None, number)
         return self.append(f"{kind.name}_{event}", *place, kind.make(row))
+
+    def tell(self, before: sqlite3.Row) -> None:
+        """Log a task where it shows another state of runs or checks than before."""
+        after = self.one(TASK, str(before["number"]))
+        if any(after[name] != before[name] for name in ("ci", "pull_requests", "attention")):
+            self.append_row(TASK, "updated", before["number"])
 
     def add(self, kind: Kind, values: dict[str, Any]) -> int:
         """Add a workstream or task (column names are ours) with a new id; returns its number."""
@@ -1665,23 +1719,31 @@ class Transaction(Queries):
         return self.append_row(kind, "updated", number)
 
     def insert_update(self, task: sqlite3.Row, fields: dict[str, Any], moment: str) -> str:
-        """Add an update: source, message, and kind, level, tags, data where given; returns its JSON."""
-        identity, tags = uuid7(), list(dict.fromkeys(fields.get("tags", ())))
-        facets = {name: fields.get(name) for name in ("source", "kind", "level")}
-        value = {"id": str(identity), "task_id": task["id"], "source": fields["source"], "timestamp": moment}
-        value |= {"message": fields["message"]} | facets | {"tags": tags, "data": fields.get("data")}
+        """Add an update: source, message, and kind, level, tags, data where given (an imported one has its id
+        already); returns its JSON."""
+        value = {"id": fields.get("id") or str(uuid7()), "task_id": task["id"], "source": fields["source"]}
+        value |= {"timestamp": moment, "message": fields["message"]}
+        value |= {name: fields.get(name) for name in ("kind", "level")}
+        value |= {"tags": list(dict.fromkeys(fields.get("tags", ()))), "data": fields.get("data")}
+        value |= {"redacted_at": fields.get("redacted_at")}
         value = {name: part for name, part in value.items() if part is not None}
-        body = self.append("update", task["number"], task["workstream"], value, tags=tags, **facets)
-        seq = self.frames[-1].seq
+        return self.put_update(task["number"], task["workstream"], value)
+
+    def put_update(self, task: int, workstream: int, value: dict[str, Any], at: int | None = None) -> str:
+        """Log an update as it stands, and list it; returns its JSON."""
+        facets = {name: value.get(name) for name in ("source", "kind", "level")}
+        body = self.append("update", task, workstream, value, at, tags=value["tags"], **facets)
+        seq, identity = self.frames[-1].seq, uuid.UUID(value["id"]).bytes
         self.db.execute(
             """
             INSERT INTO updates (seq, id, task, source, kind, level, timestamp, has_data)
             VALUES (?, ?, ?, ?, ?, ?, ?, ?)
             """,
-            (seq, identity.bytes, task["number"], *facets.values(), moment, "data" in value),
+            (seq, identity, task, *facets.values(), value["timestamp"], "data" in value),
         )
-        self.db.executemany("INSERT INTO update_tags (tag, seq) VALUES (?, ?)", [(tag, seq) for tag in tags])
-        self.db.execute("INSERT INTO update_search (rowid, message) VALUES (?, ?)", (seq, fields["message"]))
+        tags = [(tag, seq) for tag in value["tags"]]
+        self.db.executemany("INSERT INTO update_tags (tag, seq) VALUES (?, ?)", tags)
+        self.db.execute("INSERT INTO update_search (rowid, message) VALUES (?, ?)", (seq, value["message"]))
         return body
 
     def seen_key(self, key: str, digest: bytes, now: str) -> sqlite3.Row | None:
@@ -1697,12 +1759,14 @@ class Transaction(Queries):
         sql = "REPLACE INTO idempotency_keys (key, digest, seq, created_at) VALUES (?, ?, ?, ?)"
         self.db.execute(sql, (key, digest, seq, now))
 
-    def save_session(self, values: dict[str, Any]) -> None:
-        """Add or change a run (column names are ours): what is not among `values` stays."""
+    def save(self, table: str, values: dict[str, Any], when: str = "TRUE") -> bool:
+        """Add a row, or change the one with its key `when` that holds (names and condition are ours): what is
+        not among `values` stays. Returns whether it did."""
         names, slots = ", ".join(values), ", ".join(f":{name}" for name in values)
         sets = ", ".join(f"{name} = excluded.{name}" for name in values)
-        sql = f"INSERT INTO sessions ({names}) VALUES ({slots})"
-        self.db.execute(f"{sql} ON CONFLICT (agent, id, subagent) DO UPDATE SET {sets}", values)
+        sql = f"INSERT INTO {table} ({names}) VALUES ({slots})"
+        sql += f" ON CONFLICT DO UPDATE SET {sets} WHERE {when}" if when else " ON CONFLICT DO NOTHING"
+        return self.db.execute(sql, values).rowcount > 0
 
     def end_subagents(self, agent: str, identity: str, subagent: str | None) -> None:
         """A subagent, or with None each of a run, asks for nothing any more."""
@@ -1808,6 +1872,39 @@ class Transaction(Queries):
         self.db.execute("INSERT INTO update_search (update_search) VALUES ('optimize')")
         return self.append("update_redacted", found["task"], found["workstream"], json.loads(found["body"]))
 
+    def become(self, stream: str, pruned: int) -> None:
+        """Make an empty database the copy of another one: its cursors count here, too."""
+        self.db.execute("UPDATE head SET stream = ?, pruned = max(pruned, ?)", (stream, pruned))
+
+    def advance(self, seq: int) -> bool:
+        """Give no number up to `seq` any more; returns whether that changes anything."""
+        return self.db.execute("UPDATE head SET seq = ? WHERE seq < ?", (seq, seq)).rowcount > 0
+
+    def columns_of(self, table: str, row: dict[str, Any], seq: int | None = None) -> dict[str, Any]:
+        """A row of an export as the columns of its table; `seq`: the update that it points to."""
+        names = {column["name"] for column in self.rows(f"PRAGMA table_info({table})")}
+        must(row.keys() <= names | {"update_id"}, f"have the columns of {table}")
+        values = {name: value for name, value in row.items() if name in names}
+        values |= {name: self.one(kind, row[name])["number"] for name, kind in KINDS.items() if name in row}
+        values |= {"metadata": dump(row["metadata"])} if "metadata" in row else {}
+        values |= {"digest": bytes.fromhex(row["digest"])} if "digest" in row else {}
+        return values | ({"seq": seq} if "seq" in row else {})
+
+    def take_row(self, table: str, row: dict[str, Any], seq: int | None) -> bool:
+        """Add a row of an export, or put it in the place of an older one; returns whether it did."""
+        newer = STATE[table] and f"excluded.{STATE[table]} > {STATE[table]}"
+        return self.save(table, self.columns_of(table, row, seq), newer)
+
+    def merge_row(self, kind: Kind, row: dict[str, Any]) -> bool:
+        """Add a workstream or task of an export, or change an older one; returns whether it did."""
+        known, values = self.find(kind, row["id"]), self.columns_of(kind.table, row)
+        del values["number"]
+        if known is None:
+            self.add(kind, values)
+        elif row["updated_at"] > known["updated_at"]:
+            self.change(kind, known["number"], values)
+        return known is None or row["updated_at"] > known["updated_at"]
+
     def prune(self, before: str, data_only: bool) -> int:
         """Remove the next PRUNE_ROWS updates older than `before`, or only their data; returns how many."""
         change = "UPDATE updates SET has_data = 0" if data_only else "DELETE FROM updates"
@@ -1912,6 +2009,15 @@ class Store:
             with contextlib.suppress(sqlite3.Error):
                 db.rollback()
             self._readers.append(db)
+
+    def pieces(self, lines: Callable[[Queries], Iterator[bytes]]) -> Iterator[bytes]:
+        """What `lines` yields from one snapshot of the database, about a megabyte at a time, each made in a
+        reader's thread. Writers go on meanwhile; the write-ahead log is folded in when it is over."""
+        with contextlib.closing(connect(self.path, "ro")) as db:
+            db.execute("BEGIN")
+            made = lines(Queries(db))
+            while piece := self._in_reader(draw, made):
+                yield piece
 
     def backup(self, path: str) -> None:
         """Copy the database, as it is at this moment, into a new file. Writers go on meanwhile."""
@@ -2037,6 +2143,13 @@ class Store:
         return transaction.frames
 
 
+def draw(lines: Iterator[bytes]) -> bytes:
+    """The next lines, joined, up to READ_BYTES; one at least where there is one."""
+    drawn = io.BytesIO()
+    any(drawn.write(line) and drawn.tell() >= READ_BYTES for line in lines)
+    return drawn.getvalue()
+
+
 def unavailable(error: Exception) -> Problem:
     """A database error as the sentence for who asked: nothing was stored, try again."""
     return Problem("unavailable", f"the database cannot be used now ({error}); nothing was stored, try again")
@@ -2067,6 +2180,21 @@ def connect(path: str, mode: str) -> sqlite3.Connection:
     )
     db.row_factory = sqlite3.Row
     return db
+
+
+def quick_check(path: str, seconds: float) -> str:
+    """What a quick look at all pages of a file finds: `ok`, what is wrong, or "" when it takes longer."""
+    mode = "ro" if os.path.exists(path + "-wal") else "ro&immutable=1"
+    with contextlib.closing(connect(path, mode)) as db:
+        timer = threading.Timer(seconds, db.interrupt)
+        timer.start()
+        try:
+            return db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        except sqlite3.Error as error:
+            return "" if str(error) == "interrupted" else str(error)
+        finally:
+            timer.cancel()
+            timer.join()
 
 
 def copy_into(db: sqlite3.Connection, path: str) -> None:
@@ -2169,11 +2297,12 @@ class Broadcaster:
 
     def publish(self, frames: list[Frame]) -> None:
         """Take in committed frames, in order, and wake the readers."""
-        if any(frame.event in ("update_redacted", "updates_moved") for frame in frames):
+        leap = frames[-1].seq - self.head != len(frames)  # an import has left numbers out
+        if leap or any(frame.event in ("update_redacted", "updates_moved") for frame in frames):
             self.forget()  # the ring holds what was wiped, or stood elsewhere
         with self._lock:
-            self._frames += frames
-            self._bytes += sum(len(frame.sse) + FRAME_BYTES for frame in frames)
+            self._frames += [] if leap else frames
+            self._bytes += 0 if leap else sum(len(frame.sse) + FRAME_BYTES for frame in frames)
             while self._bytes > RING_BYTES:
                 self._bytes -= len(self._frames.pop(0).sse) + FRAME_BYTES
             self.head = frames[-1].seq
@@ -2359,6 +2488,141 @@ def stream_bytes(
         yield style.special("checkpoint", {"seq": cursor}, cursor)
     if style.ends and ends():
         yield retry + b": come back later\n\n"
+
+
+# ======================================================================================================
+# transfer: a database as lines of JSON, and back
+# ======================================================================================================
+
+# An export is a line `export` that says of which log, the rows of workstreams and tasks, the log as the
+# stream sends it (with the numbers of task and workstream at that moment), what else is in STATE, and `end`.
+# Not in it: who is logged in.
+#
+# Into an empty database the import is exact: the same rows under the same numbers, so that every answer of
+# the API, every replay of the stream (its id too) and the next export but for its first line are the same to
+# the byte. Each request repeats the last event before it: as long as that is the end of the log here, the
+# import goes on exactly, also after it was interrupted. Anywhere else what is not here yet, by its id, gets
+# new numbers; of a workstream, task, run, check or pull request the newer state stays, and updates that are
+# here stay as they are, unless they were redacted there.
+EXPORT_FORMAT = 1
+MAX_LINE = 8 * MAX_BODY
+LINES_TYPE = "application/x-ndjson"
+END_LINE = b'{"event":"end","data":{}}\n'
+Line = namedtuple("Line", "where event data id task workstream", defaults=[None, None, None])  # of an export
+LINE = fields("event=kind! data! id=count task=count workstream=count")
+LINES = {  # what the data of a line must hold, by its event; of runs, checks ... the database itself says it
+    event: fields(names)
+    for events, names in json.loads(asset("templates", "export.json")).items()
+    for event in events.split()
+}
+
+
+def export_lines(q: Queries, wanted: dict[str, Any]) -> Iterator[bytes]:
+    """An export, line by line; of the log all, or only what came after a number or since a time."""
+    head, first = q.head(), wanted.get("after_seq", 0)
+    since = q.seq_before(wanted["since"]) if "since" in wanted else min(first, head["seq"])
+    facts = {"format": EXPORT_FORMAT, "version": __version__, "stream": head["stream"], "head": head["seq"]}
+    yield encode_line("export", facts | {"pruned": max(head["pruned"], since), "exported_at": timestamp()})
+    yield from (encode_line(kind.table, row) for kind in KINDS.values() for row in q.state(kind.table))
+    for seq, event, task, workstream, body in q.log(since):
+        place = f'"task":{task or "null"},"workstream":{workstream}'
+        yield f'{{"event":"{event}","id":{seq},"data":{body},{place}}}\n'.encode()
+    yield from (encode_line(table, row) for table in STATE if table not in LINES for row in q.state(table))
+    yield END_LINE
+
+
+def read_line(raw: bytes, where: int) -> Line:
+    """A line of an export, checked; Problem where it is none."""
+    try:
+        line = clean(parse_json(raw, MAX_DEPTH + 1), LINE)
+        event, data = line["event"], line["data"]
+        if (event not in LINES and event not in STATE) or (event == "export") != (where == 1):
+            raise invalid(f"{event[:60]!r} is no event of an export, or does not belong here")
+        if line.get("id") is None and event not in STATE and event not in ("export", "end"):
+            raise invalid(f"{event} must have an id")
+        kept = clean(data, LINES.get(event, LINES["*"]))
+        if event not in LINES:
+            kept = {name: each for name, each in data.items() if isinstance(each, str | int)} | kept
+        given = [name for name in data if data[name] is not None or event not in STATE]
+        odd = [name for name in given if name not in kept or data[name] != kept[name]]
+        if odd and event != "export":  # that of a later version may say more
+            raise invalid(f"{odd[0][:60]!r} is not as an export of {event} has it")
+        return Line(where, **line)
+    except Problem as problem:
+        raise invalid(f"line {where}: {problem.message.replace('the body', 'it')}") from None
+
+
+def read_header(raw: bytes) -> dict[str, Any]:
+    """The first line of an export: of which log it is."""
+    line = None
+    with contextlib.suppress(Problem):
+        line = read_line(raw, 1)
+    if line is None or line.event != "export":
+        hint = "; it is compressed: gunzip it first" if raw.startswith(b"\x1f\x8b") else ""
+        raise invalid(f"this is no export of Monitor{hint}; its first line is not what monitor export writes")
+    if line.data["format"] != EXPORT_FORMAT:
+        made = f"Monitor {line.data['version']} in format {line.data['format']}"
+        raise invalid(f"this export was made by {made}, this one knows {EXPORT_FORMAT}: update Monitor")
+    return line.data
+
+
+def restore(t: Transaction, line: Line, head: int, task: Callable[[str], sqlite3.Row]) -> bool:
+    """Take in a line exactly as it is; returns whether it was news."""
+    if line.event in STATE:
+        return t.take_row(line.event, line.data, line.data.get("seq"))
+    if line.id is None:
+        return t.advance(head)
+    if line.id <= (t.frames[-1].seq if t.frames else t.head()["seq"]):
+        return False
+    if line.event == "update":
+        must(line.data["seq"] == line.id, "have the seq of its id")
+        t.put_update(task(line.data["task_id"])["number"], line.workstream, line.data, line.id)
+    else:
+        t.append(line.event, line.task, line.workstream, line.data, line.id)
+    return True
+
+
+def merge(t: Transaction, line: Line, gone: int, task: Callable[[str], sqlite3.Row]) -> bool:
+    """Take in what a line tells that is not here yet (of updates up to `gone`: or was); whether it did."""
+    data, kind = line.data, next((kind for kind in KINDS.values() if kind.table == line.event), None)
+    if kind is not None:
+        return t.merge_row(kind, data)
+    if line.event in STATE:
+        before = task(data["task"]) if "task" in data else None
+        seq = t.update_seq(data["update_id"]) if data.get("update_id") else None
+        news = line.event != "idempotency_keys" and t.take_row(line.event, data, seq)
+        if news and before is not None:
+            t.tell(before)
+        return news
+    seq = t.update_seq(data["id"]) if line.event in ("update", "update_redacted") else None
+    if line.event == "update" and seq is None and line.id > gone:
+        t.insert_update(task(data["task_id"]), data, data["timestamp"])
+        return True
+    if line.event == "update_redacted" and seq and "redacted_at" not in json.loads(t.update(seq)):
+        t.redact_update(seq, data.get("redacted_at") or timestamp())
+        return True
+    return False
+
+
+def import_lines(t: Transaction, header: dict[str, Any], lines: list[Line]) -> dict[str, Any]:
+    """Take in lines of an export, all or none; returns how many were news, and whether all is exact."""
+    head, (last, event, body) = t.head(), t.last_row()
+    told = Counter(updates=0, changes=0, known=0)
+    exact, same = head["seq"] == 0, head["stream"] == header["stream"]
+    if exact:
+        t.become(header["stream"], header["pruned"])
+    task = functools.cache(lambda identity: t.one(TASK, identity))
+    for line in lines:
+        try:
+            if same and (line.id, line.event) == (last, event):  # of an update the id counts: it may be wiped
+                here = json.loads(body)
+                exact = exact or here == line.data or (event == "update" and here["id"] == line.data["id"])
+            gone = head["pruned"] if same else 0
+            news = restore(t, line, header["head"], task) if exact else merge(t, line, gone, task)
+        except (Problem, ValueError, sqlite3.IntegrityError, sqlite3.DataError) as error:
+            raise invalid(f"line {line.where}: {error}") from None
+        told[("updates" if line.event == "update" else "changes") if news else "known"] += 1
+    return {**told, "exact": exact}
 
 
 # ======================================================================================================
@@ -2585,6 +2849,28 @@ class Monitor:
             pass
         return done, left
 
+    def export(self, wanted: dict[str, Any]) -> Iterator[bytes]:
+        """An export in pieces; it ends early when the server shuts down, and its last line is not there."""
+        pieces = self.store.pieces(lambda q: export_lines(q, wanted))
+        return itertools.takewhile(lambda _: not self.broadcaster.closed, pieces)
+
+    def take_export(self, raw: bytes, first: int) -> dict[str, Any]:
+        """Take in a part of an export, that begins with the header and goes on at line `first`: all or none.
+        What looks like a secret is masked; what was when it was stored stays to the byte."""
+
+        def read() -> list[Line]:
+            lines = [
+                read_line(line, where) for where, line in enumerate(rest.split(b"\n"), first) if line.strip()
+            ]
+            return [
+                line._replace(data=self.masked(line.data)) if line.event in LINES else line for line in lines
+            ]
+
+        head, _, rest = raw.partition(b"\n")
+        header = read_header(head)
+        lines = self._in_thread(read)
+        return self.store.write(lambda t: import_lines(t, header, lines))
+
     def health(self) -> dict[str, Any]:
         """How the server is: database, writer, streams."""
         return {
@@ -2616,8 +2902,8 @@ def record_hook(t: Transaction, heard: Heard, now: str) -> None:
         changes = task_after(run, task, draft, heard.facts["title"], now)
         if changes:
             t.change(TASK, task["number"], changes | {"updated_at": now})
-        elif t.one(TASK, str(task["number"]))["attention"] != task["attention"]:
-            t.append_row(TASK, "updated", task["number"])
+        else:
+            t.tell(task)
 
 
 def task_after(run: Any, task: Any, draft: Draft, title: str, now: str) -> dict[str, Any]:
@@ -2662,14 +2948,14 @@ def find_run(t: Transaction, heard: Heard) -> tuple[sqlite3.Row | None, sqlite3.
             named = t.find(TASK, FIELDS["task_id"].check(hook.task, "task_id"))
     run = t.session(hook.agent, identity)
     if run is not None and named is not None and hook.task != run["asked"]:
-        t.save_session(dict(run) | {"asked": hook.task})
+        t.save("sessions", dict(run) | {"asked": hook.task})
         t.move_session(run, named, updates=False)
     elif run is None and identity and (named or heard.draft.keep):
         number = named["number"] if named else task_of_run(t, heard)
         values = {"agent": hook.agent, "id": identity, "task": number, "asked": hook.task if named else None}
         values |= {"model": facts.get("model"), "folder": facts["cwd"], **heard.place._asdict()}
         times = dict.fromkeys(("started_at", "seen_at", "heard_at", "since"), heard.moment)
-        t.save_session(values | times)
+        t.save("sessions", values | times)
     run = t.session(hook.agent, identity)
     return run, t.one(TASK, str(run["task"])) if run else named
 
@@ -2682,7 +2968,7 @@ def task_of_run(t: Transaction, heard: Heard) -> int:
         since, cleared = shifted(moment, -FOLLOW_SECONDS), facts["source"] == "clear"
         before = t.run_before(agent, facts["cwd"], since, cleared)
         if before is not None:
-            t.save_session(dict(before) | {"state": "replaced"})
+            t.save("sessions", dict(before) | {"state": "replaced"})
             return before["task"]
     linked = t.linked_task(facts["cwd"], place)
     if linked is not None:
@@ -2715,12 +3001,12 @@ def note_run(t: Transaction, run: sqlite3.Row, heard: Heard, seq: int | None) ->
         t.end_subagents(run["agent"], run["id"], subagent)
     if subagent and draft.state == "blocked":
         if not late and run["state"] not in ("ended", "replaced"):
-            t.save_session(dict(run) | told | {"subagent": subagent, "state": "blocked"})
+            t.save("sessions", dict(run) | told | {"subagent": subagent, "state": "blocked"})
     elif state and not state == run["state"] == "working":
         changes |= told
     elif seq and run["state"] == "working":
         changes["seq"] = seq
-    t.save_session(dict(run) | changes)
+    t.save("sessions", dict(run) | changes)
 
 
 def link_name(fields: dict[str, Any]) -> dict[str, Any]:
@@ -2809,9 +3095,7 @@ def show_state(t: Transaction, task: sqlite3.Row, subject: Subject, closes: bool
         t.change(TASK, task["number"], {"status": "done", "updated_at": now})
         before = [row for row in before if row["number"] != task["number"]]
     for row in before:
-        after = t.one(TASK, str(row["number"]))
-        if any(after[name] != row[name] for name in ("ci", "pull_requests", "attention")):
-            t.append_row(TASK, "updated", row["number"])
+        t.tell(row)
 
 
 def task_changes(t: Transaction, row: sqlite3.Row, values: dict[str, Any], now: str) -> dict[str, Any]:
@@ -3383,7 +3667,7 @@ HOUR, DAY = (300, 12), (3600, 24)  # of strips: seconds of a span, and how many
 DASHBOARD_ROWS = 200  # shared by its groups
 TASK_FILTER = "group status workstream_id attention source q include_hidden include_archived all"
 THREAD_FILTER = "before_seq around seen level source kind tag q task_id workstream_id layout pin fixed"
-FILE_TYPES = {"md": "text/markdown", "json": "application/json", "ndjson": "application/x-ndjson"}
+FILE_TYPES = {"md": "text/markdown", "json": "application/json", "ndjson": LINES_TYPE}
 TOOL_KINDS = ("tool_use", "tool_failure", "file_change")
 
 
@@ -3593,6 +3877,18 @@ def prune_updates(posted: dict[str, Any]):
     else:
         done, left = monitor().prune(before, data_only)
     return answer(dump({"pruned": done, "left": left}))
+
+
+def send_export(wanted: dict[str, Any]):
+    """The log as lines of JSON, or only what came after a number or since a time."""
+    return flask.Response(monitor().export(wanted), mimetype=LINES_TYPE)
+
+
+def take_export(wanted: dict[str, Any]):
+    """Take in a part of an export."""
+    if flask.request.mimetype != LINES_TYPE:
+        raise Problem("unsupported_media_type", f"an export must be sent as {LINES_TYPE}")
+    return answer(dump(monitor().take_export(read_body(MAX_WEBHOOK), wanted.get("line", 2))))
 
 
 # ======================================================================================================
@@ -4092,6 +4388,8 @@ ROUTES = (
     ("GET", "/api/admin/backup", send_backup),
     ("GET", "/api/admin/check", lambda: answer(dump({"problems": monitor().store.read(Queries.check)}))),
     ("POST", "/api/admin/prune", prune_updates, PRUNING),
+    ("GET", "/api/admin/export", send_export, None, EXPORT_QUERY),
+    ("POST", "/api/admin/import", take_export, None, IMPORT_QUERY, MAX_WEBHOOK),
     ("GET", "/openapi.json", lambda: answer(dump(api_document()))),
     ("GET", "/docs", lambda: page("docs.html", api=api_document(), asking=monitor().store.read(asking))),
     ("GET", "/login", lambda: page("login.html", next=local_path(flask.request.args.get("next")))),
@@ -4533,11 +4831,15 @@ def version_key(text: str | None) -> tuple[int, ...]:
     return tuple(map(int, found[0].split("."))) if found else ()
 
 
-def agent_version(agent: str) -> str | None:
+def agent_version(agent: str, seconds: int = 20) -> str | None:
     """The version of an agent's program; None where it cannot be told."""
     import subprocess
 
-    ask = {"args": [hook_agents()[agent]["program"], "--version"], "stdin": subprocess.DEVNULL, "timeout": 20}
+    ask = {
+        "args": [hook_agents()[agent]["program"], "--version"],
+        "stdin": subprocess.DEVNULL,
+        "timeout": seconds,
+    }
     with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
         told = subprocess.run(**ask, capture_output=True, encoding="utf-8").stdout
         return ".".join(map(str, version_key(told))) or None
@@ -4700,7 +5002,7 @@ def new_file(path: str, mode: int = 0o600) -> Iterator[io.BufferedWriter]:
         Path(partial).unlink(missing_ok=True)
 
 
-def check_hooks(agent: str, project: bool) -> dict[str, Any]:
+def check_hooks(agent: str, project: bool, seconds: int = 20) -> dict[str, Any]:
     """What a settings file holds of us: events, server, and whether that is what we would install now."""
     row: dict[str, Any] = {"agent": agent, "installed": False}
     try:
@@ -4708,7 +5010,7 @@ def check_hooks(agent: str, project: bool) -> dict[str, Any]:
         row |= {"installed": bool(file.ours), "file": file.name}
         if not file.ours:
             return {} if project else row
-        version, written = agent_version(agent), json.dumps(file.ours)
+        version, written = agent_version(agent, seconds), json.dumps(file.ours)
         found = re.search(r"_s:=(.*?)\}|\"url\": \"(.*?)/api/hooks/", written)
         server = found[1] or found[2] if found else CLIENT_SETTINGS[0].default
         wanted = wanted_hooks(agent, server, version or "999.0", '"type": "http"' in written)
@@ -4723,12 +5025,13 @@ def check_hooks(agent: str, project: bool) -> dict[str, Any]:
 # What templates/hook.sh does, for shells without curl.
 
 
-def post_hook(server: str, token: str, place: str, body: bytes, headers: dict[str, str]) -> int:
-    """Post within two seconds in all, past proxies and redirects; the status, 0 without an answer."""
+def exchange(server: str, token: str, request: str, body: bytes | None = None, headers=()) -> tuple:
+    """Ask within two seconds in all, past proxies and redirects; status (0: no answer), body, Date."""
     import http.client
     from urllib.parse import urlsplit
 
-    answered = [0]
+    answered: list[tuple[int, bytes, str]] = [(0, b"", "")]
+    method, path = request.split(" ", 1)
 
     def ask() -> None:
         with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
@@ -4736,13 +5039,21 @@ def post_hook(server: str, token: str, place: str, body: bytes, headers: dict[st
             kind = http.client.HTTPSConnection if to.scheme == "https" else http.client.HTTPConnection
             bearer = {"Authorization": f"Bearer {token}"} if token else {}
             with contextlib.closing(kind(to.hostname, to.port, timeout=HOOK_SECONDS)) as connection:
-                connection.request("POST", f"{to.path}/api/hooks/{place}", body, headers | bearer)
-                answered[0] = connection.getresponse().status
+                connection.request(method, to.path + path, body, dict(headers) | bearer)
+                response = connection.getresponse()
+                answered[0] = response.status, b"", response.getheader("Date", "")
+                if method == "GET":
+                    answered[0] = response.status, response.read(MAX_BODY), response.getheader("Date", "")
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(HOOK_SECONDS)
     return answered[0]
+
+
+def post_hook(server: str, token: str, place: str, body: bytes, headers: dict[str, str]) -> int:
+    """Post a hook; the status, 0 without an answer."""
+    return exchange(server, token, f"POST /api/hooks/{place}", body, headers)[0]
 
 
 def trouble_of(server: str, status: int, told: Any = None) -> Problem:
@@ -4783,6 +5094,149 @@ def flush_spool(server: str, token: str) -> tuple[int, int, int]:
             os.unlink(path)
             sent, refused = sent + (status < 300), refused + (status >= 400)
     return sent, refused, status
+
+
+# ======================================================================================================
+# doctor: what is wrong here, and the command that mends it; it changes nothing
+# ======================================================================================================
+
+FINDINGS = json.loads(asset("templates", "doctor.json"))  # by check: how bad, when, sentence, what mends it
+PACKAGES = {"flask": "3.1.3", "werkzeug": "3.1.6", "flask-sock": "0.7", "click": "8.2", "requests": "2.32.4"}
+PACKAGES |= {"gevent": "25.4.1"}
+FREE_BYTES, WAL_BYTES, SKEW_SECONDS = 100 * 1024 * 1024, 256 * 1024 * 1024, 5
+Facts = Iterator[tuple[str, dict[str, Any]]]  # a check of FINDINGS, and what holds there
+
+
+def json_of(raw: bytes) -> dict[str, Any]:
+    """The JSON object in an answer; an empty one where there is none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(raw)
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
+def server_facts(server: str, token: str, health: dict[str, Any]) -> Facts:
+    """Who answers, whether they let us in, and what time it is there; what they say goes into `health`."""
+    from email.utils import parsedate_to_datetime
+
+    status, body, date = exchange(server, token, "GET /health")
+    ours = json_of(body).get("status") == "ok"
+    health |= json_of(exchange(server, token, "GET /health?full=1")[1]) if ours else {}
+    facts = {"server": server, "status": status, "off": not status, "foreign": not ours, "ours": __version__}
+    facts |= {"version": "?", "writer": "ok", "seq": "?"} | health
+    facts |= {"sick": facts["writer"] != "ok", "other": facts["version"] not in ("?", __version__)}
+    yield "server", facts
+    if ours:
+        no_event = post_hook(server, token, "spooled", b"", SPOOL_HEADERS)  # it must say 400
+        yield "token", facts | {"refused": "version" not in health or no_event != 400}
+        with contextlib.suppress(ValueError, TypeError):
+            seconds = abs(parsedate_to_datetime(date).timestamp() - time.time())
+            yield "clock", {"seconds": seconds, "skewed": seconds > SKEW_SECONDS}
+
+
+def database_facts(path: str, served: bool) -> Facts:
+    """The file and its disk. One that was not closed is left alone where no server has it open: to read it
+    would change it."""
+    import shutil
+
+    size, wal = (os.path.getsize(each) if os.path.exists(each) else 0 for each in (path, f"{path}-wal"))
+    facts = {
+        "path": path,
+        "size": size,
+        "wal": wal,
+        "none": not os.path.exists(path),
+        "left": wal and not served,
+    }
+    if not facts["none"] and not facts["left"]:
+        try:
+            found = quick_check(path, HOOK_SECONDS) if stored_version(path) else "ok"
+            facts |= {"broken": found if found != "ok" else "", "slow": not found}
+        except Problem as problem:
+            facts["odd"] = problem.message
+    facts |= {"open": size and os.stat(path).st_mode & 0o077, "grown": wal > WAL_BYTES}
+    yield "database", facts
+    folder = os.path.dirname(path)
+    if os.path.isdir(folder):
+        free = shutil.disk_usage(folder).free
+        yield "disk", {"path": path, "free": free, "full": free < FREE_BYTES, "low": free < size}
+
+
+def version_facts(sqlite: str) -> Facts:
+    """Python, SQLite and the packages."""
+    from importlib import metadata
+
+    python = {"python": sys.version.split()[0], "executable": sys.executable}
+    yield "python", python
+    number = version_key(sqlite)
+    yield "sqlite", {"version": sqlite, "old": number < (3, 37), "reset": number < (3, 51, 3)}
+    for name, least in PACKAGES.items():
+        there, version = importlib.util.find_spec(name.replace("-", "_")), ""
+        with contextlib.suppress(metadata.PackageNotFoundError):  # in a zip a package has none
+            version = metadata.version(name)
+        facts = python | {"name": name, "least": least, "version": version, "wanted": f"{name}>={least}"}
+        old = version and version_key(version) < version_key(least)
+        yield "packages", facts | {"missing": not there, "old": old, "gevent": not there and name == "gevent"}
+
+
+def hook_facts(server: str) -> Facts:
+    """The hooks of each agent, for the user and in this repository."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(2 * len(AGENTS)) as pool:
+        pairs = itertools.product(AGENTS, (False, True))
+        found = pool.map(lambda pair: check_hooks(*pair, HOOK_SECONDS), pairs)
+        rows = {row["file"]: row for row in found if row.get("installed") or "problem" in row}
+    for row in rows.values():
+        elsewhere = row.get("server", server) != server
+        yield "hooks", row | {"asked": server, "elsewhere": elsewhere, "count": len(row.get("events", ()))}
+    if not rows:
+        yield "hooks", {"none": True}
+
+
+def folder_facts(server: str) -> Facts:
+    """What waits in the spool, and who can read what is kept for the user."""
+    folder, home = spool_folder(server), os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    waiting, there = (
+        spooled(folder),
+        next(filter(os.path.exists, map(str, [folder or "/", *Path(folder or "/").parents]))),
+    )
+    facts = {"off": folder is None, "folder": folder, "there": there, "waiting": len(waiting)}
+    facts |= {"closed": not os.access(there, os.W_OK | os.X_OK), "full": len(waiting) >= MAX_SPOOLED}
+    with contextlib.suppress(OSError, IndexError):
+        oldest = datetime.datetime.fromtimestamp(os.path.getmtime(waiting[0]), datetime.UTC)
+        facts["oldest"] = age(timestamp(oldest))
+    yield "spool", facts
+    for path in filter(os.path.exists, (f"{home}/monitor/config.toml", folder or "")):
+        yield "rights", {"path": path, "wide": os.stat(path).st_mode & 0o077}
+
+
+def all_facts(server: str, token: str, database: str | None) -> Facts:
+    """All that a doctor looks at; of the databases that which is named, which a server on this machine has
+    open, or, where none answers, that of the settings."""
+    health: dict[str, Any] = {}
+    yield from server_facts(server, token, health)
+    try:
+        path, asked = Config.load({"MONITOR_DB": database}).database, database is None and "version" in health
+        if asked:
+            near = re.match(r"https?://(localhost|127\.|\[::1\])", server)
+            path = health["database"] if near and os.path.exists(str(health.get("database"))) else None
+        yield from database_facts(os.path.abspath(path), asked) if path else ()
+    except Problem as problem:
+        yield "settings", {"problem": problem.message}
+    yield from version_facts(str(health.get("sqlite_version", sqlite3.sqlite_version)))
+    yield from hook_facts(server)
+    yield from folder_facts(server)
+
+
+def findings(facts: Facts) -> Iterator[dict[str, str]]:
+    """Of each check the first row of FINDINGS that holds: how bad it is, a sentence, what mends it."""
+    import shlex
+
+    for check, told in facts:
+        level, _, sentence, mend = next(row for row in FINDINGS[check] if not row[1] or told.get(row[1]))
+        finding = {"check": check, "level": level, "message": sentence.format(**told)}
+        words = {name: shlex.quote(str(value)) for name, value in told.items()}
+        yield finding | ({"mend": mend.format(**words)} if mend else {})
 
 
 # ======================================================================================================
@@ -4907,9 +5361,10 @@ def ask(server: str, token: str, method: str, path: str, given=None, seconds=30,
 
     if not re.fullmatch(r"[\x21-\x7e]*", token):
         raise click.UsageError("the token holds characters that cannot be sent; see MONITOR_TOKEN")
-    options = {"params" if method == "GET" else "json": given, "timeout": (5, seconds)}
-    options |= {"allow_redirects": False, "stream": not whole}
+    sent = "params" if method == "GET" else "data" if isinstance(given, bytes) else "json"
+    options = {sent: given, "timeout": (5, seconds), "allow_redirects": False, "stream": not whole}
     bearer, told = {"Authorization": f"Bearer {token}"} if token else {}, None
+    bearer |= {"Content-Type": LINES_TYPE} if sent == "data" else {}
     with requests.Session() as session:
         # Else ~/.netrc replaces our bearer header, and http_proxy gets the requests for 127.0.0.1.
         session.trust_env = False
@@ -5100,6 +5555,110 @@ def prune(database: str | None, dry_run: bool | None, **wanted: Any) -> None:
                 done += answered["pruned"]
                 bar.update(answered["pruned"])
     show({"pruned": done, "left": answered["left"]})
+
+
+@command("export", "file since database")
+def export(file: str, since: str | None, database: str | None) -> None:
+    """Write all into a new FILE (-: to standard output) as lines of JSON, from which import builds the
+    database anew; with --since of the log only what came later."""
+    wanted = {"after_seq" if since.isdecimal() else "since": since} if since else None
+    if file != "-" and os.path.exists(file):
+        raise invalid(f"{file} exists; name a new file")
+    size, end, place = 0, b"", contextlib.nullcontext(sys.stdout.buffer) if file == "-" else new_file(file)
+    try:
+        with server_for(database) as server, place as copy:
+            response = server("GET", "/api/admin/export", wanted, LONG_SECONDS, whole=False)
+            with progress_bar(1, "Export") as bar:
+                for chunk in response.iter_content(READ_BYTES):
+                    copy.write(chunk)
+                    size, end = size + len(chunk), (end + chunk)[-len(END_LINE) :]
+                    found = re.findall(rb'^{"event":"export".*"head":(\d+)', chunk[:1000])
+                    bar.length = int(found[0]) if found else bar.length
+                    found = re.findall(rb'\n{"event":"\w+","id":(\d+)', chunk[chunk.rfind(b'\n{"event":"') :])
+                    bar.update(int(found[0]) - bar.pos if found else 0)
+            if end != END_LINE:
+                raise invalid("the export did not arrive whole")
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise invalid(f"cannot write {file}: {error.strerror or 'the server went away'}") from None
+    if file != "-":
+        show({"export": os.path.abspath(file), "bytes": size})
+
+
+def batches(lines: io.BufferedReader) -> Iterator[tuple[int, list[bytes], list[bytes]]]:
+    """The lines of an export that come after its first, about 1 MiB at a time: the number of the first one,
+    the last event before it, and the lines."""
+    first, before, batch, size = 2, [], [], 0
+    for where, line in enumerate(iter(lambda: lines.readline(MAX_LINE), b""), 2):
+        batch.append(line)
+        size += len(line)
+        if size > READ_BYTES:
+            yield first, before, batch
+            before = [each for each in batch if re.match(rb'{"event":"\w+","id":', each)][-1:] or before
+            first, batch, size = where + 1, [], 0
+    yield first, before, batch
+
+
+@command("import", "file database")
+def take_file(file: str, database: str | None) -> None:
+    """Take in an export from FILE (-: from standard input): exact into an empty or new database, else what is
+    not there yet. It may be interrupted and repeated."""
+    try:
+        with contextlib.nullcontext(sys.stdin.buffer) if file == "-" else open(file, "rb") as lines:
+            header, size = lines.readline(MAX_LINE), 0
+            read_header(header)
+            if lines.seekable():
+                size = lines.seek(0, os.SEEK_END)
+                lines.seek(max(0, size - len(END_LINE)))
+                if lines.read() != END_LINE:
+                    raise invalid(f"{file} is not whole: its last line is missing; nothing was stored")
+                lines.seek(len(header))
+            if database:
+                os.close(os.open(parse_database(database) or os.devnull, os.O_WRONLY | os.O_CREAT, 0o600))
+            with server_for(database) as server, progress_bar(size, "Import") as bar:
+                bar.update(len(header))
+                show({"import": file, **send_batches(server, header, lines, bar)})
+    except OSError as error:
+        raise invalid(f"cannot read {file}: {error.strerror or error}") from None
+
+
+def send_batches(server: Callable, header: bytes, lines: io.BufferedReader, bar: Any) -> dict[str, Any]:
+    """Send an export; returns what became of it."""
+    told: Counter = Counter()
+    for first, before, batch in batches(lines):
+        body = header + b"".join(before + batch)
+        try:
+            answered = server("POST", f"/api/admin/import?line={first - len(before)}", body, LONG_SECONDS)
+        except Problem as problem:
+            stored = f"{problem.message}; nothing from line {first} on was stored"
+            raise Problem(problem.code, stored) from None
+        if answered.keys() != {"updates", "changes", "known", "exact"}:
+            raise invalid("the server's answer is not that of an import; is it a Monitor server?")
+        exact = answered.pop("exact")
+        told.update(answered | {"known": answered["known"] - len(before)})
+        bar.update(sum(map(len, batch)))
+    if batch[-1:] != [END_LINE]:
+        raise invalid("this export is not whole: its last line is missing; what it has was stored")
+    return {**told, "exact": exact}
+
+
+@command("doctor", "database")
+def doctor(database: str | None) -> None:
+    """Say what is wrong, with the server, its database, the hooks of agents, the spool, versions and rights,
+    and the command that mends it. Changes nothing."""
+    found = list(findings(all_facts(*target(), database)))
+    failed = [finding for finding in found if finding["level"] == "fail"]
+    if not sys.stdout.isatty():
+        show({"ok": not failed, "findings": found})
+    for finding in found if sys.stdout.isatty() and not quiet() else ():
+        colour = {"warn": "yellow", "fail": "red"}.get(finding["level"], "green")
+        words = plain(f"{finding['check']:10}{finding['message']}")
+        click.echo(click.style(f"{finding['level']:5}", colour) + words)
+        if "mend" in finding:
+            click.echo(plain(f"{'':15}{finding['mend']}"))
+    if failed:
+        raise invalid(f"{len(failed)} of these must be mended")
 
 
 @command("hook", "agent event")

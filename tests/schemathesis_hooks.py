@@ -5,13 +5,25 @@ from __future__ import annotations
 import json
 
 import schemathesis
+from conftest import ROOT  # noqa: F401 (it makes ours importable)
 from hypothesis import strategies as st
+
+import monitor
 
 TEXT = st.text(max_size=10)
 VALUE = st.none() | st.integers() | TEXT | st.lists(TEXT, max_size=3)
 PAYLOAD = st.dictionaries(TEXT, VALUE, max_size=4).map(json.dumps)
 AGENT = st.sampled_from(["claude", "codex", "gemini", "copilot", "cursor"])
 schemathesis.openapi.format("spooled-hook", st.builds("agent: {}\n\n{}".format, AGENT, PAYLOAD))
+EXPORT = json.loads(monitor.asset("templates", "openapi.json"))["routes"]["POST /api/admin/import"]
+EXPORT = EXPORT["requestBody"]["content"]["application/x-ndjson"]["example"]
+schemathesis.openapi.format("export", st.just(EXPORT))
+
+
+@schemathesis.serializer("application/x-ndjson")
+def lines(context, value):
+    """NDJSON goes out as it stands."""
+    return value.encode("utf-8", "replace") if isinstance(value, str) else json.dumps(value).encode()
 
 
 def kept(value):
