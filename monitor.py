@@ -1259,7 +1259,7 @@ JSON_COLUMNS = ("metadata", "attention", "ci", "pull_requests")
 COLUMNS = "id name status created_at updated_at metadata"
 WORKSTREAM = Kind("workstream", "workstreams", "workstreams", COLUMNS, NEW_WORKSTREAM, WORKSTREAM_CHANGES)
 COLUMNS += " number workstream_id summary_text summary_updated_at summary_source hidden_at attention"
-COLUMNS += " ci pull_requests status_since"
+COLUMNS += " ci pull_requests"
 TASK = Kind("task", "tasks", "task_rows", COLUMNS, NEW_TASK, TASK_CHANGES)
 
 
@@ -1490,6 +1490,10 @@ class Queries:
         """What was done to a task between two places of the log: its status, name or workstream changed."""
         sql = "SELECT * FROM task_changes WHERE task = :task AND seq > :after AND seq < :before"
         return [dict(row) for row in self.rows(sql, task=task, after=after, before=before)]
+
+    def status_times(self) -> dict[str, str]:
+        """Since when each task has its status, by the task's id."""
+        return dict(map(tuple, self.rows("SELECT id, coalesce(status_since, created_at) FROM tasks")))
 
     def newest_of_tasks(self) -> dict[str, str]:
         """The JSON of each task's newest update, by the task's id."""
@@ -3234,7 +3238,7 @@ def dashboard(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
     chosen |= {"attention": wanted["attention"]} if "attention" in wanted else {}
     if "workstream_id" in wanted:
         chosen["workstream_id"] = [q.one(WORKSTREAM, wanted["workstream_id"])["id"]]
-    newest, strips, tasks = q.newest_of_tasks(), q.activity(*HOUR), []
+    newest, strips, times, tasks = q.newest_of_tasks(), q.activity(*HOUR), q.status_times(), []
     counts: dict[str, Any] = {n: Counter() for n in ("status", "attention", "source", "workstream_id")}
     for task in q.tasks(scope):
         last = json.loads(newest.get(task["id"], "null"))
@@ -3244,8 +3248,8 @@ def dashboard(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
         for name, count in counts.items():
             count[values[name]] += missed <= {name}
         if not missed:
-            seq = last["seq"] if last else 0
-            tasks.append(task | {"last": last, "strip": strips.get(task["id"]), "seq": seq})
+            told = {"last": last, "seq": last["seq"] if last else 0, "since": times[task["id"]]}
+            tasks.append(task | told | {"strip": strips.get(task["id"])})
     found = {"workstreams": q.workstreams(scope), "tasks": tasks, "counts": counts, "chosen": chosen}
     return found | {"rows": MAX_INTEGER if wanted.get("all") else DASHBOARD_ROWS}
 
@@ -3307,6 +3311,7 @@ def one_task(q: Queries, wanted: dict[str, Any], reference: str) -> dict[str, An
     of_task = {"task_id": row["id"]}
     found |= {"runs": q.of_task("session_rows", of_task), "links": q.of_task("link_rows", of_task)}
     found["total"] = q.updates(Filter(task=row["number"]), {"limit": 1})[1]
+    found["since"] = row["status_since"] or row["created_at"]
     found["strip"] = q.activity(*DAY, row["number"]).get(row["id"])
     found |= thread(q, chosen, wanted)
     before = wanted.get("before_seq", MAX_INTEGER)
