@@ -3734,12 +3734,13 @@ def finish(response):
 
 
 def age(moment: str) -> str:
-    """How long ago an RFC 3339 time was, in one unit: `40 s`, `4 m`, `2 h`, `3 d`."""
-    seconds = (datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(moment)).total_seconds()
+    """How long ago an RFC 3339 time was, in one unit: `40 s`, `4 m`, `2 h`, `3 d`. By the clock's whole seconds:
+    all times on a page grow older at the same moment, and until then it is the same page."""
+    seconds = int(time.time()) - int(datetime.datetime.fromisoformat(moment).timestamp())
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
         if seconds >= size:
-            return f"{int(seconds // size)} {unit}"
-    return f"{max(0, int(seconds))} s"
+            return f"{seconds // size} {unit}"
+    return f"{max(0, seconds)} s"
 
 
 def brief(text: Any, limit: int = 240) -> str:
