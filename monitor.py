@@ -3734,8 +3734,8 @@ def finish(response):
 
 
 def age(moment: str) -> str:
-    """How long ago an RFC 3339 time was, in one unit: `40 s`, `4 m`, `2 h`, `3 d`. By the clock's whole seconds:
-    all times on a page grow older at the same moment, and until then it is the same page."""
+    """How long ago an RFC 3339 time was, in one unit: `40 s`, `4 m`, `2 h`, `3 d`. By whole seconds of the
+    clock: all times on a page grow older at the same moment, and until then it is the same page."""
     seconds = int(time.time()) - int(datetime.datetime.fromisoformat(moment).timestamp())
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
         if seconds >= size:
