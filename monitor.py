@@ -3698,10 +3698,12 @@ def thread_server(listener, app, access_log: bool):
 
 def use_gevent() -> bool:
     """Patch the standard library for gevent; False where it is missing or not wanted."""
-    if os.environ.get("MONITOR_THREADS") == "1" or importlib.util.find_spec("gevent") is None:
+    if os.environ.get("MONITOR_THREADS") == "1":
         return False
-    from gevent import monkey
-
+    try:
+        from gevent import monkey
+    except ImportError:  # none, or one that was built for another Python
+        return False
     _ = flask.Flask  # loads it now: gevent looks through all modules while it patches
     monkey.patch_all()
     return True
@@ -4505,6 +4507,8 @@ class Child:
             threading.Thread(target=self.relay, args=(*each, over), daemon=True) for each in self.sources.items()
         ]
         typing = [threading.Thread(target=self.terminal.type, daemon=True)] if self.whole else []
+        if self.whole:
+            self.terminal.lend(True)  # before anything comes
         for thread in relays + typing:
             thread.start()
         try:
@@ -4610,6 +4614,129 @@ def run(run_task: str | None, new_title: str | None, no_output: bool, words: tup
 
 
 cli.commands["run"].allow_interspersed_args = False  # from COMMAND on, options are its own
+
+
+# ======================================================================================================
+# pack: the one file that needs nothing but Python
+# ======================================================================================================
+
+PACKED = ("click", "flask", "flask-sock", "requests")  # and what these need
+NATIVE = (*PACKED, "gevent", "greenlet")
+UNPACKED = r"(^|/)\.\./|__pycache__/|^gevent/tests/|\.(c|h|pxd|pyc|pyi|pyx|typed)$"
+UNPACKED += r"|\.dist-info/(?!METADATA|.*(?i:licen[cs]e|copying|notice|authors))"
+
+
+def our_files() -> dict[str, bytes]:
+    """What Monitor consists of, by the names that it has in a package."""
+    import zipfile
+
+    archive = getattr(__loader__, "archive", None)  # we run from such a file
+    home = zipfile.Path(archive, "monitor/") if archive else Path(os.path.abspath(__file__)).parent
+    names = ["LICENSE", "schema.sql"]
+    for folder in ("static", "templates"):
+        names += [f"{folder}/{path.name}" for path in (home / folder).iterdir() if path.name[0] != "."]
+    found = {f"monitor/{name}": asset(*name.split("/")) for name in names}
+    return found | {"monitor/__init__.py": __loader__.get_source(__name__).encode()}
+
+
+def installed_files(names: Iterable[str], unpacked: str) -> dict[str, bytes]:
+    """The files of packages as they are installed here, with those of all that they need; Problem names what
+    is missing. A list of them stands where this function looks for one."""
+    from importlib import metadata
+
+    found: dict[str, bytes] = {}
+    missing, seen, left = [], set(), list(names)
+    while left:
+        name = re.sub(r"[-_.]+", "-", left.pop()).lower()
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            package = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            package = None
+        files = [file for file in package and package.files or () if not re.search(unpacked, str(file))]
+        if not files:
+            missing.append(name)
+            continue
+        kept = {str(file): file.read_binary() for file in files}
+        record = next(file for file in kept if file.endswith("/METADATA")).replace("METADATA", "RECORD")
+        found |= kept | {record: "".join(f"{file},,\n" for file in sorted([*kept, record])).encode()}
+        needs = [need for need in package.requires or () if ";" not in need]
+        left += [re.match(r"[\w.-]+", need)[0] for need in needs]
+    if missing:
+        names = " ".join(sorted(missing))
+        raise invalid(f"this Python has no {names} that could be packed; type: {sys.executable} -m pip install {names}")
+    return found
+
+
+@contextlib.contextmanager
+def staged(files: dict[str, bytes]) -> Iterator[str]:
+    """A temporary folder that holds these files."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            path = Path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        yield folder
+
+
+def run_python(*arguments: str) -> None:
+    """Run a module of this Python; Problem when it fails."""
+    import subprocess
+
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise invalid(f"cannot pack: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
+
+
+def pack_plain(files: dict[str, bytes], target: io.BufferedWriter) -> None:
+    """Write a zip that Python runs as it is: source, and beside it byte code of this Python."""
+    import zipfile
+
+    with staged(files) as folder:
+        # In a process apart: the bytes of byte code depend on what else a process knows.
+        check = ("--invalidation-mode", "unchecked-hash")
+        run_python("-ISm", "compileall", "-q", "-b", "-s", folder, *check, folder)
+        target.write(b"#!/usr/bin/env python3\n")
+        with zipfile.ZipFile(target, "w") as archive:
+            for path in sorted(Path(folder).rglob("*")):
+                # Folders too: without theirs, Python 3.12 finds no packages that have no __init__.py.
+                entry = zipfile.ZipInfo(f"{path.relative_to(folder)}{'/' * path.is_dir()}")  # of 1980
+                entry.external_attr = (0o40755 if path.is_dir() else 0o100644) << 16
+                content = b"" if path.is_dir() else path.read_bytes()
+                archive.writestr(entry, content, zipfile.ZIP_DEFLATED, 9)
+
+
+def pack_native(files: dict[str, bytes], target: io.BufferedWriter) -> None:
+    """Write a zip that unpacks itself into ~/.shiv, as machine code must be files."""
+    if importlib.util.find_spec("shiv") is None:
+        raise invalid(f"--native needs shiv; type: {sys.executable} -m pip install shiv")
+    with staged(files) as folder, staged({}) as made:
+        options = ("--reproducible", "--entry-point", "start:main", "--output-file", f"{made}/monitor.pyz")
+        run_python("-m", "shiv", *options, "--python", "/usr/bin/env python3", "--site-packages", folder)
+        target.write(Path(made, "monitor.pyz").read_bytes())
+
+
+@command("pack", "packed native")
+def pack(packed: str, native: bool) -> None:
+    """Write Monitor and all that it needs into one file, that runs where there is nothing but Python 3.11 or
+    newer, without being unpacked. The same input makes the same bytes.
+
+    \b
+      monitor pack && scp monitor.pyz somewhere: && ssh somewhere python3 monitor.pyz serve
+    """
+    start = asset("templates", "start.py")
+    unpacked = UNPACKED if native else UNPACKED + r"|\.(pyd|so)$"
+    files = our_files() | installed_files(NATIVE if native else PACKED, unpacked)
+    files["start.py" if native else "__main__.py"] = start
+    try:
+        with new_file(os.path.abspath(packed), 0o755) as target:
+            (pack_native if native else pack_plain)(files, target)
+            size = target.tell()
+    except OSError as error:
+        raise invalid(f"cannot write {packed}: {error.strerror or error}") from None
+    show({"file": os.path.abspath(packed), "bytes": size})
 
 
 # ======================================================================================================
