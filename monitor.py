@@ -455,8 +455,8 @@ NEW_TASK = fields("workstream_id! name! metadata")
 TASK_CHANGES = fields("name workstream_id status summary_text summary_source hidden metadata")
 MANUAL_UPDATE = fields("task_id! message! level kind tags data")
 NEW_UPDATE = fields("task_id! source! message! level kind tags data")
-NEW_NAME = fields("name!")
-SPOOLED_UPDATE = fields("task_id source! message! level kind tags data name folder")
+SPOOLED_TASK = fields("task_id name folder")  # of an update from a spool: a task, or a new one
+SPOOLED_UPDATE = fields("source! message! level kind tags data") | SPOOLED_TASK
 CLAUDE_HOOK = fields("task_id! payload!")
 GITHUB_WEBHOOK = fields("task_id! payload! headers")
 PRUNING = fields("older_than! data_only dry_run")
@@ -2417,6 +2417,8 @@ class Monitor:
         """Take in an update that may have waited in a spool, each once, and note when it happened."""
         given = hook.payload if isinstance(hook.payload, dict) else {}
         fields = self.masked(clean(given | {"task_id": hook.task}, SPOOLED_UPDATE))
+        if not fields.keys() & {"task_id", "name"}:
+            raise invalid("task_id is missing", "task_id")
         if isinstance(fields.get("data"), dict):
             fields["data"]["occurred_at"] = hook.time
         place = self._in_thread(find_place, fields.get("folder", ""))
@@ -2572,7 +2574,7 @@ def record_spooled(t: Transaction, key: str | None, fields: dict, place: Place, 
     if "task_id" not in fields and (first := t.seen_key(own, b"", now)):
         fields |= {"task_id": json.loads(t.update(first["seq"]))["task_id"]}
     elif "task_id" not in fields:
-        values = clean(fields, NEW_NAME) | {"created_at": now, "updated_at": now}
+        values = {"name": fields["name"], "created_at": now, "updated_at": now}
         values["workstream"] = t.folder_workstream(place.project, now, place.repository)
         fields |= {"task_id": str(t.add(TASK, values))}
     t.insert_update(t.one(TASK, fields["task_id"]), fields, now)
@@ -4326,7 +4328,7 @@ class Record:
 
     def __init__(self, task: str | None, title: str | None, words: tuple[str, ...]):
         self.server, self.token = target()
-        self.task, self.line, self.begin = task or "", spoken(words), time.monotonic()
+        self.task, self.line = task or "", spoken(words)
         program = one_line(PurePath(words[0]).name, 100) or "command"
         self.fields: dict[str, Any] = {"source": f"run:{program}-{secrets.token_hex(4)}", "name": title}
         with contextlib.suppress(OSError):  # somebody has removed the folder that we are in
@@ -4337,9 +4339,9 @@ class Record:
         """Tell that it has started."""
         self.tell(f"started: {one_line(self.line)}", kind="command_start", level="info")
 
-    def end(self, status: int, output: bytes | None) -> None:
+    def end(self, status: int, seconds: float, output: bytes | None) -> None:
         """Tell how it has ended."""
-        seconds, code = time.monotonic() - self.begin, os.waitstatus_to_exitcode(status)
+        code = os.waitstatus_to_exitcode(status)
         how = f"exit status {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
         kinds = [JOB_KINDS[job] for job in shell_jobs(steps(self.line)) if job in JOB_KINDS]
         data = {"exit_status": code if code >= 0 else 128 - code, "duration_ms": int(seconds * 1000)}
@@ -4370,8 +4372,8 @@ class Record:
 
 
 class Terminal:
-    """A pseudo-terminal that a command gets in place of ours on `number`. A `whole` one is all of its terminal,
-    and takes what is typed; else it only takes output."""
+    """A pseudo-terminal that a command gets in place of ours on `number`. A `whole` one is all of its
+    terminal, and takes what is typed; else it only takes output."""
 
     def __init__(self, number: int, whole: bool):
         self.number, self.whole, self.over, self.lock = number, whole, False, threading.Lock()
@@ -4388,7 +4390,7 @@ class Terminal:
             termios.tcsetwinsize(self.master, termios.tcgetwinsize(self.number))
 
     def lend(self, raw: bool) -> bool:
-        """Let all keys reach the command, or not; False when the keyboard is the shell's, after Ctrl-Z and bg."""
+        """Let all keys reach the command, or not; False when the keyboard is the shell's, as after bg."""
         if self.over or not has_keyboard():
             return False
         if raw:
@@ -4427,6 +4429,11 @@ class Terminal:
         with self.lock, contextlib.suppress(OSError, termios.error):
             self.lend(False)
             self.over = True
+
+
+def can_read(descriptor: int, seconds: float) -> bool:
+    """Whether there is something to read, within some seconds."""
+    return bool(select.select([descriptor], [], [], seconds)[0])
 
 
 def has_keyboard() -> bool:
@@ -4474,7 +4481,7 @@ class Child:
             for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
-            os.execvp(self.words[0], self.words)
+            os.execvp(self.words[0], self.words)  # noqa: S606 (no shell is what we want)
         except OSError as error:
             said = f"monitor: cannot run {plain(self.words[0])}: {error.strerror}\n"
             os.write(2, said.encode("utf-8", "replace"))
@@ -4503,9 +4510,8 @@ class Child:
     def wait(self) -> int:
         """Wait for its end, its status, with all that it puts out passed on and the end of that kept."""
         over, ended = os.pipe()
-        relays = [
-            threading.Thread(target=self.relay, args=(*each, over), daemon=True) for each in self.sources.items()
-        ]
+        passing = [(*each, over) for each in self.sources.items()]
+        relays = [threading.Thread(target=self.relay, args=each, daemon=True) for each in passing]
         typing = [threading.Thread(target=self.terminal.type, daemon=True)] if self.whole else []
         if self.whole:
             self.terminal.lend(True)  # before anything comes
@@ -4535,9 +4541,10 @@ class Child:
             os.kill(self.number, signal.SIGCONT)
 
     def relay(self, source: int, to: int, over: int) -> None:
-        """Pass on what it puts out; after its end until nothing comes: what it left behind may hold on to it."""
+        """Pass on what it puts out; after its end until nothing comes: what it left may hold on to that."""
         with contextlib.suppress(OSError):  # of a pseudo-terminal that nobody has any more
-            while source in select.select([source, over], [], [])[0] or select.select([source], [], [], 0.1)[0]:
+            # `over` comes with the end: then what there is, but no waiting for more.
+            while source in select.select([source, over], [], [])[0] or can_read(source, 0.1):
                 data = os.read(source, 65536)
                 self.kept += data
                 del self.kept[:-OUTPUT_BYTES]
@@ -4570,8 +4577,9 @@ def wait_for(child: int, awaited: set[int], forward: Callable, stopped: Callable
             return status
 
 
-def end_as(status: int) -> None:
-    """End as a command has: by its signal too, so that a shell's script stops at a Ctrl-C."""
+def end_as(status: int, keyboard: bool = False) -> None:
+    """End as a command has: by its signal too, so that a shell's script stops at a Ctrl-C. It did not see that
+    one itself where the `keyboard` was the command's."""
     import resource
 
     code = os.waitstatus_to_exitcode(status)
@@ -4580,14 +4588,14 @@ def end_as(status: int) -> None:
         with contextlib.suppress(OSError):  # of SIGKILL
             signal.signal(-code, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [-code])
-        os.kill(os.getpid(), -code)
+        os.kill(0 if keyboard and -code in (signal.SIGINT, signal.SIGQUIT) else os.getpid(), -code)
     os._exit(code if code >= 0 else 128 - code)  # the latter: the first process of a container
 
 
 @command("run", "run_task new_title no_output words")
 def run(run_task: str | None, new_title: str | None, no_output: bool, words: tuple[str, ...]) -> None:
-    """Run COMMAND with its terminal, signals and exit status as they are without us, and record on a task that
-    it started, how it ended and what it put out last. It never waits for the server.
+    """Run COMMAND, with its terminal, signals and exit status as without us, and record on a task that it
+    started, how it ended and what it put out last. It never waits for the server.
 
     \b
       monitor run --task 12 -- make test
@@ -4595,22 +4603,23 @@ def run(run_task: str | None, new_title: str | None, no_output: bool, words: tup
     """
     task = None if new_title else current_task(run_task)
     if not (task or new_title) or (run_task and new_title):
-        raise click.UsageError("name the task: --task ID, or --new TITLE for a new one, or set MONITOR_TASK_ID")
+        raise click.UsageError("name a task: --task ID, or --new TITLE for a new one, or set MONITOR_TASK_ID")
+    clean({"task_id": task, "name": new_title}, SPOOLED_TASK)
     os.environ |= {"MONITOR_TASK_ID": task} if task else {}
     while (spare := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # standard files that are closed: pipes must not take their numbers
     os.close(spare)
     record = Record(task, new_title, words)
-    child = Child(words, no_output)
+    child, begin = Child(words, no_output), time.monotonic()
     threading.Thread(target=record.start, daemon=True).start()
     status = child.wait()
-    output = None if no_output else bytes(child.kept)
-    last = threading.Thread(target=record.end, args=(status, output), daemon=True)
+    told = (status, time.monotonic() - begin, None if no_output else bytes(child.kept))
+    last = threading.Thread(target=record.end, args=told, daemon=True)
     last.start()
     last.join(RECORD_SECONDS)
     if record.trouble and not quiet():
         click.echo(f"monitor: {plain(record.trouble)}", err=True)
-    end_as(status)
+    end_as(status, child.whole)
 
 
 cli.commands["run"].allow_interspersed_args = False  # from COMMAND on, options are its own
@@ -4666,7 +4675,7 @@ def installed_files(names: Iterable[str], unpacked: str) -> dict[str, bytes]:
         left += [re.match(r"[\w.-]+", need)[0] for need in needs]
     if missing:
         names = " ".join(sorted(missing))
-        raise invalid(f"this Python has no {names} that could be packed; type: {sys.executable} -m pip install {names}")
+        raise invalid(f"nothing to pack of {names}; type: {sys.executable} -m pip install {names}")
     return found
 
 
