@@ -4578,8 +4578,8 @@ def wait_for(child: int, awaited: set[int], forward: Callable, stopped: Callable
 
 
 def end_as(status: int, keyboard: bool = False) -> None:
-    """End as a command has: by its signal too, so that a shell's script stops at a Ctrl-C. It did not see that
-    one itself where the `keyboard` was the command's."""
+    """End as a command has: by its signal too, so that a shell's script stops at a Ctrl-C, which it has not
+    seen itself where the `keyboard` was the command's."""
     import resource
 
     code = os.waitstatus_to_exitcode(status)
@@ -4649,34 +4649,33 @@ def our_files() -> dict[str, bytes]:
 
 
 def installed_files(names: Iterable[str], unpacked: str) -> dict[str, bytes]:
-    """The files of packages as they are installed here, with those of all that they need; Problem names what
-    is missing. A list of them stands where this function looks for one."""
+    """The files of packages as they are installed here, and of all that they need. Each has its list of them,
+    so that what is packed can be packed again; Problem names what is missing."""
     from importlib import metadata
 
     found: dict[str, bytes] = {}
-    missing, seen, left = [], set(), list(names)
-    while left:
-        name = re.sub(r"[-_.]+", "-", left.pop()).lower()
-        if name in seen:
-            continue
-        seen.add(name)
+    missing, wanted = [], [*names]
+    for name in wanted:  # grows
         try:
             package = metadata.distribution(name)
-        except metadata.PackageNotFoundError:
-            package = None
-        files = [file for file in package and package.files or () if not re.search(unpacked, str(file))]
-        if not files:
+            files = [file for file in package.files or () if not re.search(unpacked, str(file))]
+            (info,) = (str(file) for file in files if file.name == "METADATA")
+        except (metadata.PackageNotFoundError, ValueError):  # ValueError: not as pip installs it
             missing.append(name)
             continue
-        kept = {str(file): file.read_binary() for file in files}
-        record = next(file for file in kept if file.endswith("/METADATA")).replace("METADATA", "RECORD")
-        found |= kept | {record: "".join(f"{file},,\n" for file in sorted([*kept, record])).encode()}
-        needs = [need for need in package.requires or () if ";" not in need]
-        left += [re.match(r"[\w.-]+", need)[0] for need in needs]
+        record = info.replace("METADATA", "RECORD")
+        found |= {str(file): file.read_binary() for file in files}
+        found[record] = "".join(f"{file},,\n" for file in sorted([*map(str, files), record])).encode()
+        needs = (re.match(r"[\w.-]+", need)[0].lower() for need in package.requires or () if ";" not in need)
+        wanted += dict.fromkeys(need for need in needs if need not in wanted)
     if missing:
-        names = " ".join(sorted(missing))
-        raise invalid(f"nothing to pack of {names}; type: {sys.executable} -m pip install {names}")
+        raise invalid(f"this Python has no {', '.join(missing)}; type: {pip_install(missing)}")
     return found
+
+
+def pip_install(names: Iterable[str]) -> str:
+    """What to type to have packages."""
+    return f"{sys.executable} -m pip install {' '.join(names)}"
 
 
 @contextlib.contextmanager
@@ -4691,12 +4690,13 @@ def staged(files: dict[str, bytes]) -> Iterator[str]:
 
 
 def run_python(*arguments: str) -> None:
-    """Run a module of this Python; Problem when it fails."""
+    """Run this Python; Problem when it fails."""
     import subprocess
 
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 (our own arguments)
     if done.returncode:
-        raise invalid(f"cannot pack: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
+        raise invalid(f"cannot pack: {(done.stderr or done.stdout).strip()[-200:]}")
 
 
 def pack_plain(files: dict[str, bytes], target: io.BufferedWriter) -> None:
@@ -4720,7 +4720,7 @@ def pack_plain(files: dict[str, bytes], target: io.BufferedWriter) -> None:
 def pack_native(files: dict[str, bytes], target: io.BufferedWriter) -> None:
     """Write a zip that unpacks itself into ~/.shiv, as machine code must be files."""
     if importlib.util.find_spec("shiv") is None:
-        raise invalid(f"--native needs shiv; type: {sys.executable} -m pip install shiv")
+        raise invalid(f"--native needs shiv; type: {pip_install(['shiv'])}")
     with staged(files) as folder, staged({}) as made:
         options = ("--reproducible", "--entry-point", "start:main", "--output-file", f"{made}/monitor.pyz")
         run_python("-m", "shiv", *options, "--python", "/usr/bin/env python3", "--site-packages", folder)
@@ -4735,16 +4735,15 @@ def pack(packed: str, native: bool) -> None:
     \b
       monitor pack && scp monitor.pyz somewhere: && ssh somewhere python3 monitor.pyz serve
     """
-    start = asset("templates", "start.py")
-    unpacked = UNPACKED if native else UNPACKED + r"|\.(pyd|so)$"
-    files = our_files() | installed_files(NATIVE if native else PACKED, unpacked)
-    files["start.py" if native else "__main__.py"] = start
+    names, unpacked = (NATIVE, UNPACKED) if native else (PACKED, UNPACKED + r"|\.(pyd|so)$")
     try:
+        files = our_files() | installed_files(names, unpacked)
+        files["start.py" if native else "__main__.py"] = asset("templates", "start.py")
         with new_file(os.path.abspath(packed), 0o755) as target:
             (pack_native if native else pack_plain)(files, target)
             size = target.tell()
     except OSError as error:
-        raise invalid(f"cannot write {packed}: {error.strerror or error}") from None
+        raise invalid(f"cannot pack into {packed}: {error.strerror or error}") from None
     show({"file": os.path.abspath(packed), "bytes": size})
 
 

@@ -213,7 +213,8 @@ def test_what_it_leaves_behind_does_not_hold_us(run):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
 def test_a_signal_is_forwarded_once(server, task, tmp_path, number):
     code = f"import signal, time; got = []; signal.signal({int(number)}, lambda *_: got.append(1))"
-    code += "\nprint('ready', flush=True)\nwhile not got: time.sleep(0.05)\ntime.sleep(0.3); print(len(got)); exit(5)"
+    code += "\nprint('ready', flush=True)\nwhile not got: time.sleep(0.05)"
+    code += "\ntime.sleep(0.3); print(len(got)); exit(5)"
     settings = {"MONITOR_SERVER": server.url, "MONITOR_TASK_ID": task["id"], "MONITOR_SPOOL": str(tmp_path)}
     command = [*PROGRAM, "run", "--", sys.executable, "-c", code]
     with subprocess.Popen(command, env=clean_environment(**settings), stdout=subprocess.PIPE) as process:
@@ -225,7 +226,8 @@ def test_a_signal_is_forwarded_once(server, task, tmp_path, number):
 
 def test_much_output_passes_in_constant_memory(server, task, tmp_path):
     settings = {"MONITOR_SERVER": server.url, "MONITOR_TASK_ID": task["id"], "MONITOR_SPOOL": str(tmp_path)}
-    code = "import sys; chunk = b'0123456789abcde\\n' * 65536\nfor _ in range(100): sys.stdout.buffer.write(chunk)"
+    code = "import sys; chunk = b'0123456789abcde\\n' * 65536"
+    code += "\nfor _ in range(100): sys.stdout.buffer.write(chunk)"
     command = [*PROGRAM, "run", "--", sys.executable, "-c", code]
     size = 0
     with subprocess.Popen(command, env=clean_environment(**settings), stdout=subprocess.PIPE) as process:
