@@ -1050,6 +1050,17 @@ class Hook(NamedTuple):
     time: str | None = None  # when it happened, where that is not now
 
 
+class Heard(NamedTuple):
+    """A hook with what is known of it before its transaction; `moment`: when it happened."""
+
+    hook: Hook
+    facts: dict[str, str]
+    draft: Draft
+    place: Place | None  # None: as the run has it
+    digest: bytes
+    moment: str
+
+
 class Place(NamedTuple):
     """Where a run works: folder of its repository (of the main worktree), branch, owner/name of origin."""
 
@@ -1119,11 +1130,12 @@ def kept_data(payload: Any) -> Any:
     return {"cut": f"the payload has {size:,} characters even without its long texts"}
 
 
-def settled(session: Any, event: str, draft: Draft, facts: dict[str, str], moment: str) -> str | None:
+def settled(session: Any, heard: Heard) -> str | None:
     """The state of a run after an event; None: it stays as it was. An Esc sends nothing, and what a subagent
     does is no answer: a run that waits does so until its main thread says something."""
-    before, state = session["state"], draft.state
-    if late_for(session, moment):
+    before, state, facts = session["state"], heard.draft.state, heard.facts
+    event = facts["event"]
+    if late_for(session, heard.moment):
         return None
     if before in ("ended", "replaced"):
         return {"SessionStart": "new", "UserPromptSubmit": "working"}.get(event)
@@ -2411,7 +2423,10 @@ class Monitor:
         if hook.time and isinstance(draft.data, dict):
             draft.data["occurred_at"] = hook.time
         facts["title"] = one_line(facts.get("prompt", ""), 80)
-        return self.store.write(lambda t: record_hook(t, hook, facts, draft, place, moment or timestamp()))
+        sent = json.dumps([hook.agent, hook.event, hook.payload], sort_keys=True).encode()
+        now, digest = moment or timestamp(), hashlib.sha256(sent).digest()
+        heard = Heard(hook, facts, draft, place, digest, hook.time or now)
+        self.store.write(lambda t: record_hook(t, heard, now))
 
     def take_update(self, hook: Hook) -> None:
         """Take in an update that may have waited in a spool, each once, and note when it happened."""
@@ -2542,23 +2557,22 @@ class Monitor:
         }
 
 
-def record_hook(t, hook: Hook, facts: dict[str, str], draft: Draft, place: Place | None, now: str) -> None:
+def record_hook(t: Transaction, heard: Heard, now: str) -> None:
     """Store a hook, in one transaction: the update, the run's state, what its task then shows."""
-    moment = hook.time or now
-    if seen_before(t, hook, facts, moment):
+    if seen_before(t, heard):
         return
-    run, task = find_run(t, hook, facts, draft, place, moment)
+    run, task = find_run(t, heard)
     if task is None:
         return
-    seq = None
-    if run is not None and folds(t.waiting(run), facts["event"], draft, moment):
+    seq, draft = None, heard.draft
+    if run is not None and folds(t.waiting(run), heard.facts["event"], draft, heard.moment):
         draft = draft._replace(keep=False, state=None)
     if draft.keep:
         t.insert_update(task, draft_fields(task["id"], draft), now)
         seq = t.frames[-1].seq
     if run is not None:
-        note_run(t, run, facts, draft, place, moment, seq)
-        changes = task_after(run, task, draft, facts["title"], now)
+        note_run(t, run, heard._replace(draft=draft), seq)
+        changes = task_after(run, task, draft, heard.facts["title"], now)
         if changes:
             t.change(TASK, task["number"], changes | {"updated_at": now})
         elif t.one(TASK, str(task["number"]))["attention"] != task["attention"]:
@@ -2592,15 +2606,15 @@ def task_after(run: Any, task: Any, draft: Draft, title: str, now: str) -> dict[
     return {"hidden_at": now} if draft.state == "ended" and run["state"] == "new" else {}
 
 
-def seen_before(t: Transaction, hook: Hook, facts: dict[str, str], moment: str) -> bool:
+def seen_before(t: Transaction, heard: Heard) -> bool:
     """Whether it came before: by its key, its tool call, or as the same words seconds ago. Remembers it."""
+    hook, facts, moment = heard.hook, heard.facts, heard.moment
     call = facts.get("tool_use_id")
-    sent = json.dumps([hook.agent, hook.event, hook.payload], sort_keys=True).encode()
-    digest = hashlib.sha256(sent).digest()
-    if hook.key and t.seen_key(hook.key, digest, moment) is not None:
+    if hook.key and t.seen_key(hook.key, heard.digest, moment) is not None:
         return True
     # Senders' keys are printable: this one cannot be theirs.
-    own = "\n".join(["hook", hook.agent, facts.get("session_id", ""), facts["event"], call or digest.hex()])
+    word = call or heard.digest.hex()
+    own = "\n".join(["hook", hook.agent, facts.get("session_id", ""), facts["event"], word])
     seen, run = t.seen_key(own, b"", moment), t.session(hook.agent, facts.get("session_id"))
     again = seen is not None
     if again and not call:  # the same words: unless it is long ago, or the run has said something since
@@ -2609,14 +2623,15 @@ def seen_before(t: Transaction, hook: Hook, facts: dict[str, str], moment: str) 
     if not again:
         t.keep_key(own, b"", moment, None)
     if hook.key:
-        t.keep_key(hook.key, digest, moment, None)
+        t.keep_key(hook.key, heard.digest, moment, None)
     return again
 
 
-def find_run(t, hook, facts, draft, place, moment) -> tuple[sqlite3.Row | None, sqlite3.Row | None]:
+def find_run(t: Transaction, heard: Heard) -> tuple[sqlite3.Row | None, sqlite3.Row | None]:
     """The run that a hook is from, and its task. A run is made at its first word, with the first task that
     fits: named by its environment; of the run that it continues; bound to its branch or folder; else a new
     one. Without a session's id nobody can tell it from others: then only a named task counts."""
+    hook, facts = heard.hook, heard.facts
     identity, named = facts.get("session_id"), None
     if hook.task:
         with contextlib.suppress(Problem):
@@ -2625,31 +2640,31 @@ def find_run(t, hook, facts, draft, place, moment) -> tuple[sqlite3.Row | None, 
     if run is not None and named is not None and hook.task != run["asked"]:
         t.save_session(dict(run) | {"asked": hook.task})
         t.move_session(run, named, updates=False)
-    elif run is None and identity and (named or draft.keep):
-        number = named["number"] if named else task_of_run(t, hook, facts, draft, place, moment)
+    elif run is None and identity and (named or heard.draft.keep):
+        number = named["number"] if named else task_of_run(t, heard)
         values = {"agent": hook.agent, "id": identity, "task": number, "asked": hook.task if named else None}
-        values |= {"model": facts.get("model"), "folder": facts["cwd"], **place._asdict()}
-        times = dict.fromkeys(("started_at", "seen_at", "heard_at", "since"), moment)
+        values |= {"model": facts.get("model"), "folder": facts["cwd"], **heard.place._asdict()}
+        times = dict.fromkeys(("started_at", "seen_at", "heard_at", "since"), heard.moment)
         t.save_session(values | times)
     run = t.session(hook.agent, identity)
     return run, t.one(TASK, str(run["task"])) if run else named
 
 
-def task_of_run(t: Transaction, hook: Hook, facts: dict, draft: Draft, place: Place, moment: str) -> int:
+def task_of_run(t: Transaction, heard: Heard) -> int:
     """The number of the task that a new run goes on with: after a clear or fork that of the run before it,
     else one bound to where it works, else a new one in its repository's workstream."""
-    cwd = facts["cwd"]
+    agent, facts, place, moment = heard.hook.agent, heard.facts, heard.place, heard.moment
     if facts["event"] == "SessionStart" and facts.get("source") in ("clear", "fork"):
         since, cleared = shifted(moment, -FOLLOW_SECONDS), facts["source"] == "clear"
-        before = t.run_before(hook.agent, cwd, since, cleared)
+        before = t.run_before(agent, facts["cwd"], since, cleared)
         if before is not None:
             t.save_session(dict(before) | {"state": "replaced"})
             return before["task"]
-    linked = t.linked_task(cwd, place)
+    linked = t.linked_task(facts["cwd"], place)
     if linked is not None:
         return linked["number"]
-    title = facts["title"] if draft.kind == "user_prompt" else ""
-    values = {"name": title or provisional_name(hook.agent, place.project), "created_at": moment}
+    title = facts["title"] if heard.draft.kind == "user_prompt" else ""
+    values = {"name": title or provisional_name(agent, place.project), "created_at": moment}
     workstream = t.folder_workstream(place.project, moment, place.repository)
     return t.add(TASK, values | {"workstream": workstream, "updated_at": moment})
 
@@ -2660,9 +2675,10 @@ def provisional_name(agent: str, project: str) -> str:
     return f"{AGENTS[agent]} in {name}" if name else AGENTS[agent]
 
 
-def note_run(t, run, facts, draft, place, moment, seq) -> None:
+def note_run(t: Transaction, run: sqlite3.Row, heard: Heard, seq: int | None) -> None:
     """Bring a run up to date after an event; what a subagent asks stands in a row of its own."""
-    state, subagent = settled(run, facts["event"], draft, facts, moment), facts.get("agent_id")
+    _, facts, draft, place, _, moment = heard
+    state, subagent = settled(run, heard), facts.get("agent_id")
     told = {"state": state, "message": draft.message, "since": moment, "seq": seq}
     told["tool"] = facts.get("tool_name")
     changes = {"seen_at": max(moment, run["seen_at"]), "model": facts.get("model") or run["model"]}
