@@ -2431,7 +2431,7 @@ class Monitor:
     def take_update(self, hook: Hook) -> None:
         """Take in an update that may have waited in a spool, each once, and note when it happened."""
         given = hook.payload if isinstance(hook.payload, dict) else {}
-        fields = self.masked(clean(given | {"task_id": hook.task}, SPOOLED_UPDATE))
+        fields = self.masked_apart(clean(given | {"task_id": hook.task}, SPOOLED_UPDATE))
         if not fields.keys() & {"task_id", "name"}:
             raise invalid("task_id is missing", "task_id")
         if isinstance(fields.get("data"), dict):
@@ -4649,6 +4649,7 @@ PACKED = ("click", "flask", "flask-sock", "requests")  # and what these need
 NATIVE = (*PACKED, "gevent", "greenlet")
 UNPACKED = r"(^|/)\.\./|__pycache__/|^gevent/tests/|\.(c|h|pxd|pyc|pyi|pyx|typed)$"
 UNPACKED += r"|\.dist-info/(?!METADATA|.*(?i:licen[cs]e|copying|notice|authors))"
+INSTALL = "this Python has no {}, which is to be packed; type: {} -m pip install {}"
 
 
 def our_files() -> dict[str, bytes]:
@@ -4657,10 +4658,10 @@ def our_files() -> dict[str, bytes]:
 
     archive = getattr(__loader__, "archive", None)  # we run from such a file
     home = zipfile.Path(archive, "monitor/") if archive else Path(os.path.abspath(__file__)).parent
-    names = ["LICENSE", "schema.sql"]
-    for folder in ("static", "templates"):
-        names += [f"{folder}/{path.name}" for path in (home / folder).iterdir() if path.name[0] != "."]
-    found = {f"monitor/{name}": asset(*name.split("/")) for name in names}
+    below = (
+        f"{folder}/{path.name}" for folder in ("static", "templates") for path in (home / folder).iterdir()
+    )
+    found = {f"monitor/{name}": asset(*name.split("/")) for name in ("LICENSE", "schema.sql", *below)}
     return found | {"monitor/__init__.py": __loader__.get_source(__name__).encode()}
 
 
@@ -4685,46 +4686,21 @@ def installed_files(names: Iterable[str], unpacked: str) -> dict[str, bytes]:
         needs = (re.match(r"[\w.-]+", need)[0].lower() for need in package.requires or () if ";" not in need)
         wanted += dict.fromkeys(need for need in needs if need not in wanted)
     if missing:
-        raise invalid(f"this Python has no {', '.join(missing)}; type: {pip_install(missing)}")
+        raise invalid(INSTALL.format(", ".join(missing), sys.executable, " ".join(missing)))
     return found
 
 
-def pip_install(names: Iterable[str]) -> str:
-    """What to type to have packages."""
-    return f"{sys.executable} -m pip install {' '.join(names)}"
-
-
-@contextlib.contextmanager
-def staged(files: dict[str, bytes]) -> Iterator[str]:
-    """A temporary folder that holds these files."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in files.items():
-            path = Path(folder, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        yield folder
-
-
-def run_python(*arguments: str) -> None:
-    """Run this Python; Problem when it fails."""
-    import subprocess
-
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 (our own arguments)
-    if done.returncode:
-        raise invalid(f"cannot pack: {(done.stderr or done.stdout).strip()[-200:]}")
-
-
-def pack_plain(files: dict[str, bytes], target: io.BufferedWriter) -> None:
+def pack_plain(folder: str, target: str) -> None:
     """Write a zip that Python runs as it is: source, and beside it byte code of this Python."""
+    import subprocess
     import zipfile
 
-    with staged(files) as folder:
-        # In a process apart: the bytes of byte code depend on what else a process knows.
-        check = ("--invalidation-mode", "unchecked-hash")
-        run_python("-ISm", "compileall", "-q", "-b", "-s", folder, *check, folder)
-        target.write(b"#!/usr/bin/env python3\n")
-        with zipfile.ZipFile(target, "w") as archive:
+    # In a process apart: the bytes of byte code depend on what else a process knows.
+    words = f"{sys.executable} -ISm compileall -q -b --invalidation-mode unchecked-hash -s".split()
+    subprocess.run([*words, folder, folder], check=True)  # noqa: S603 (our own words)
+    with new_file(target, 0o755) as file:
+        file.write(b"#!/usr/bin/env python3\n")
+        with zipfile.ZipFile(file, "w") as archive:
             for path in sorted(Path(folder).rglob("*")):
                 # Folders too: without theirs, Python 3.12 finds no packages that have no __init__.py.
                 entry = zipfile.ZipInfo(f"{path.relative_to(folder)}{'/' * path.is_dir()}")  # of 1980
@@ -4733,14 +4709,17 @@ def pack_plain(files: dict[str, bytes], target: io.BufferedWriter) -> None:
                 archive.writestr(entry, content, zipfile.ZIP_DEFLATED, 9)
 
 
-def pack_native(files: dict[str, bytes], target: io.BufferedWriter) -> None:
+def pack_native(folder: str, target: str) -> None:
     """Write a zip that unpacks itself into ~/.shiv, as machine code must be files."""
-    if importlib.util.find_spec("shiv") is None:
-        raise invalid(f"--native needs shiv; type: {pip_install(['shiv'])}")
-    with staged(files) as folder, staged({}) as made:
-        options = ("--reproducible", "--entry-point", "start:main", "--output-file", f"{made}/monitor.pyz")
-        run_python("-m", "shiv", *options, "--python", "/usr/bin/env python3", "--site-packages", folder)
-        target.write(Path(made, "monitor.pyz").read_bytes())
+    try:
+        from shiv.cli import main as shiv
+    except ImportError:
+        raise invalid(INSTALL.format("shiv", sys.executable, "shiv")) from None
+    with tempfile.TemporaryDirectory() as made:
+        words = ["--python", "/usr/bin/env python3", "--site-packages", folder, "--entry-point", "start:main"]
+        shiv([*words, "--reproducible", "--output-file", f"{made}/monitor.pyz"], standalone_mode=False)
+        with new_file(target, 0o755) as file:
+            file.write(Path(made, "monitor.pyz").read_bytes())
 
 
 @command("pack", "packed native")
@@ -4752,15 +4731,18 @@ def pack(packed: str, native: bool) -> None:
       monitor pack && scp monitor.pyz somewhere: && ssh somewhere python3 monitor.pyz serve
     """
     names, unpacked = (NATIVE, UNPACKED) if native else (PACKED, UNPACKED + r"|\.(pyd|so)$")
+    target = os.path.abspath(packed)
     try:
         files = our_files() | installed_files(names, unpacked)
         files["start.py" if native else "__main__.py"] = asset("templates", "start.py")
-        with new_file(os.path.abspath(packed), 0o755) as target:
-            (pack_native if native else pack_plain)(files, target)
-            size = target.tell()
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
+                Path(folder, name).write_bytes(content)
+            (pack_native if native else pack_plain)(folder, target)
     except OSError as error:
         raise invalid(f"cannot pack into {packed}: {error.strerror or error}") from None
-    show({"file": os.path.abspath(packed), "bytes": size})
+    show({"file": target, "bytes": os.path.getsize(target)})
 
 
 # ======================================================================================================
