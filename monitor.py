@@ -4139,7 +4139,7 @@ PARAMETERS |= {"agent": click.Argument(["agent"], type=click.Choice(AGENTS))}
 PARAMETERS |= {"any_agent": click.Argument(["agent"], type=click.Choice(AGENTS), required=False)}
 PARAMETERS |= {"any_task": click.Argument(["task"], required=False)}
 PARAMETERS |= {"seq": click.Argument(["seq"], type=int)}
-PARAMETERS |= {"words": click.Argument(["words"], nargs=-1, required=True, metavar="COMMAND...")}
+PARAMETERS |= {"command": click.Argument(["command"], nargs=-1, required=True)}
 GLOBAL_OPTIONS = [setting_option(each, expose_value=False, callback=remember) for each in CLIENT_SETTINGS]
 GLOBAL_OPTIONS += [PARAMETERS["quiet"]]
 GROUPS = (
@@ -4608,8 +4608,8 @@ def end_as(status: int, keyboard: bool = False) -> None:
     os._exit(code if code >= 0 else 128 - code)  # the latter: the first process of a container
 
 
-@command("run", "run_task new_title no_output words")
-def run(run_task: str | None, new_title: str | None, no_output: bool, words: tuple[str, ...]) -> None:
+@command("run", "run_task new_title no_output command")
+def run(run_task: str | None, new_title: str | None, no_output: bool, command: tuple[str, ...]) -> None:
     """Run COMMAND, with its terminal, signals and exit status as without us, and record on a task that it
     started, how it ended and what it put out last. It never waits for the server.
 
@@ -4625,8 +4625,8 @@ def run(run_task: str | None, new_title: str | None, no_output: bool, words: tup
     while (spare := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # standard files that are closed: pipes must not take their numbers
     os.close(spare)
-    record = Record(task, new_title, words)
-    child, begin = Child(words, no_output), time.monotonic()
+    record = Record(task, new_title, command)
+    child, begin = Child(command, no_output), time.monotonic()
     threading.Thread(target=record.start, daemon=True).start()
     status = child.wait()
     told = (status, time.monotonic() - begin, None if no_output else bytes(child.kept))
@@ -4728,7 +4728,8 @@ def pack(packed: str, native: bool) -> None:
     newer, without being unpacked. The same input makes the same bytes.
 
     \b
-      monitor pack && scp monitor.pyz somewhere: && ssh somewhere python3 monitor.pyz serve
+      monitor pack
+      scp monitor.pyz host: && ssh host python3 monitor.pyz serve
     """
     names, unpacked = (NATIVE, UNPACKED) if native else (PACKED, UNPACKED + r"|\.(pyd|so)$")
     target = os.path.abspath(packed)
