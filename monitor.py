@@ -4634,7 +4634,8 @@ def run(run_task: str | None, new_title: str | None, no_output: bool, command: t
     last.start()
     last.join(RECORD_SECONDS)
     if record.trouble and not quiet():
-        click.echo(f"monitor: {plain(record.trouble)}", err=True)
+        with contextlib.suppress(OSError):  # the terminal is gone
+            click.echo(f"monitor: {plain(record.trouble)}", err=True)
     end_as(status, child.whole)
 
 
@@ -4658,10 +4659,9 @@ def our_files() -> dict[str, bytes]:
 
     archive = getattr(__loader__, "archive", None)  # we run from such a file
     home = zipfile.Path(archive, "monitor/") if archive else Path(os.path.abspath(__file__)).parent
-    below = (
-        f"{folder}/{path.name}" for folder in ("static", "templates") for path in (home / folder).iterdir()
-    )
-    found = {f"monitor/{name}": asset(*name.split("/")) for name in ("LICENSE", "schema.sql", *below)}
+    below = (file for folder in ("static", "templates") for file in (home / folder).iterdir())
+    names = [f"{file.parent.name}/{file.name}" for file in below if file.is_file()]  # pip compiles ours
+    found = {f"monitor/{name}": asset(*name.split("/")) for name in ["LICENSE", "schema.sql", *names]}
     return found | {"monitor/__init__.py": __loader__.get_source(__name__).encode()}
 
 
