@@ -4296,7 +4296,7 @@ def api_command(words: str, request: str, names: str, fields: Fields, text: str)
 OUTPUT_BYTES = 64 * 1024  # of output are looked at when a command has ended
 OUTPUT_KEPT = 10_000  # characters of that are recorded
 RECORD_SECONDS = 2  # a command that has ended waits for a server
-FORWARDED = "SIGINT SIGTERM SIGHUP SIGQUIT SIGTSTP SIGUSR1 SIGUSR2"
+FORWARDED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 ESCAPES = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~]?)"
 JOB_KINDS = {"tests": "test_result", "build": "build_result", "deploy": "deployment"}
 
@@ -4349,7 +4349,7 @@ class Record:
         self.fields: dict[str, Any] = {"source": f"run:{program}-{secrets.token_hex(4)}", "name": title}
         with contextlib.suppress(OSError):  # somebody has removed the folder that we are in
             self.fields["folder"] = os.getcwd()
-        self.trouble = f"no answer from {self.server}; what there is to record of this command waits for it"
+        self.trouble = ""
 
     def start(self) -> None:
         """Tell that it has started."""
@@ -4374,13 +4374,13 @@ class Record:
         event, kept = spool_head("update", "", self.task, key) + body.encode(), None
         with contextlib.suppress(OSError):  # no place for a spool
             kept = keep_event(self.server, key, event)
+        then = "what there is to record of this command waits for it" if kept else "nothing is recorded"
+        self.trouble = f"no answer from {self.server}; {then}"  # until there is one
         if kept:
             status = flush_spool(self.server, self.token)[2]
         else:
             status = post_hook(self.server, self.token, "spooled", event, SPOOL_HEADERS)
-        waits = kept is not None and os.path.exists(kept)
-        if waits or (kept is None and status in UNTAKEN):
-            then = "what there is to record of this command waits for it" if waits else "nothing is recorded"
+        if os.path.exists(kept) if kept else status in UNTAKEN:
             self.trouble = f"{trouble_of(self.server, status).message}; {then}"
         else:
             refused = f"{self.server} takes no record of this command (status {status}): is there a task"
@@ -4409,15 +4409,16 @@ class Terminal:
         """Let all keys reach the command, or not; False when the keyboard is the shell's, as after bg."""
         if self.over or not has_keyboard():
             return False
-        if raw:
-            tty.setraw(0, termios.TCSANOW)
-        else:
-            termios.tcsetattr(0, termios.TCSADRAIN, self.mode)
+        with contextlib.suppress(termios.error):  # it is gone
+            if raw:
+                tty.setraw(0, termios.TCSANOW)
+            else:
+                termios.tcsetattr(0, termios.TCSADRAIN, self.mode)
         return True
 
     def type(self) -> None:
         """Hand on what is typed until the command is over."""
-        with contextlib.suppress(OSError, termios.error):  # the terminal is gone, or the command
+        with contextlib.suppress(OSError):  # the terminal is gone, or the command
             while not self.over:
                 with self.lock:
                     lent = self.lend(True)
@@ -4442,7 +4443,7 @@ class Terminal:
 
     def end(self) -> None:
         """Have our terminal as it was."""
-        with self.lock, contextlib.suppress(OSError, termios.error):
+        with self.lock:
             self.lend(False)
             self.over = True
 
@@ -4476,8 +4477,7 @@ class Child:
             else:
                 source, self.outputs[number] = os.pipe()
                 self.sources[source] = number
-        numbers = (getattr(signal, name) for name in FORWARDED.split() if self.whole or name != "SIGTSTP")
-        self.awaited = {*numbers, signal.SIGCHLD}
+        self.awaited = FORWARDED | {signal.SIGCHLD} | ({signal.SIGTSTP} if self.whole else set())
         for number in (signal.SIGCHLD, signal.SIGWINCH):
             signal.signal(number, lambda *_: None)  # what is ignored may never arrive
         self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*self.awaited, signal.SIGTTOU, signal.SIGWINCH})
@@ -4528,10 +4528,10 @@ class Child:
         over, ended = os.pipe()
         passing = [(*each, over) for each in self.sources.items()]
         relays = [threading.Thread(target=self.relay, args=each, daemon=True) for each in passing]
-        typing = [threading.Thread(target=self.terminal.type, daemon=True)] if self.whole else []
         if self.whole:
             self.terminal.lend(True)  # before anything comes
-        for thread in relays + typing:
+            threading.Thread(target=self.terminal.type, daemon=True).start()
+        for thread in relays:
             thread.start()
         try:
             watched = self.awaited | ({signal.SIGWINCH} if self.terminal else set())
@@ -4545,9 +4545,10 @@ class Child:
 
     def forward(self, number: int, sent: bool) -> None:
         """Hand a signal on. What comes from the keyboard goes to all that share a terminal, also to it."""
-        if number == signal.SIGWINCH:
+        resized = number == signal.SIGWINCH
+        if resized:
             self.terminal.resize()
-        if sent or self.whole or number == signal.SIGWINCH:
+        if sent or self.whole or resized:
             os.kill(self.number, number)
 
     def stopped(self) -> None:
