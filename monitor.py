@@ -4498,10 +4498,10 @@ class Child:
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
             os.execvp(self.words[0], self.words)  # noqa: S606 (no shell is what we want)
-        except OSError as error:
-            said = f"monitor: cannot run {plain(self.words[0])}: {error.strerror}\n"
+        except (OSError, ValueError) as error:  # ValueError: an empty name
+            said = f"monitor: cannot run {plain(self.words[0])!r}: {getattr(error, 'strerror', error)}\n"
             os.write(2, said.encode("utf-8", "replace"))
-            os._exit(127 if isinstance(error, FileNotFoundError) else 126)
+            os._exit(127 if isinstance(error, FileNotFoundError | ValueError) else 126)
         finally:
             os._exit(126)
 

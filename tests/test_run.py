@@ -164,6 +164,7 @@ def test_of_much_output_the_last_whole_lines_are_recorded(run, server, task):
         (["sh", "-c", "kill -INT $$"], -signal.SIGINT),
         (["no-such-program"], 127),
         (["/etc/passwd"], 126),
+        ([""], 127),
         (["sh", "-c", "exit 255"], 255),
     ],
     ids=str,
@@ -174,7 +175,7 @@ def test_the_status_is_that_of_the_command_its_signal_too(run, words, status):
 
 def test_a_program_that_cannot_be_run_is_told_in_one_line(run):
     error = run("no-such-program").stderr.decode()
-    assert error == "monitor: cannot run no-such-program: No such file or directory\n"
+    assert error == "monitor: cannot run 'no-such-program': No such file or directory\n"
 
 
 def test_options_behind_the_command_are_its_own(run):
