@@ -33,6 +33,8 @@ The file, top to bottom (each section has a banner of its own):
     hooks        agents plugged in: their settings, the hook that they run, the spool while no server answers
     doctor       what is wrong here, and the command that mends it
     cli          options, output, and the HTTP client behind the commands
+    run          a command as if nobody watched it, its start and end recorded
+    pack         the one file that needs nothing but Python
     commands     the click commands
 """
 
@@ -57,13 +59,17 @@ import os
 import random
 import re
 import secrets
+import select
 import shlex
+import signal
 import sqlite3
 import stat
 import sys
 import tempfile
+import termios
 import threading
 import time
+import tty
 import types
 import uuid
 from collections import Counter, deque, namedtuple
@@ -468,6 +474,8 @@ NEW_TASK = fields("workstream_id! name! metadata")
 TASK_CHANGES = fields("name workstream_id status summary_text summary_source hidden metadata")
 MANUAL_UPDATE = fields("task_id! message! level kind tags data")
 NEW_UPDATE = fields("task_id! source! message! level kind tags data")
+SPOOLED_TASK = fields("task_id name folder")  # of an update from a spool: a task, or a new one
+SPOOLED_UPDATE = fields("source! message! level kind tags data") | SPOOLED_TASK
 CLAUDE_HOOK = fields("task_id! payload!")
 GITHUB_WEBHOOK = fields("task_id! payload! headers")
 PRUNING = fields("older_than! data_only dry_run")
@@ -721,12 +729,16 @@ def steps(command):
     return [re.sub(tables().shell_wrappers, "", part) for part in found if part]
 
 
+def shell_jobs(ran):
+    """What simple commands do: pr, commit, deploy, tests, build."""
+    return [job for job, begin in tables().shell_jobs.items() if any(re.match(begin, step) for step in ran)]
+
+
 def shell_case(p):
     """How a shell command went, by its output: the exit code of `pytest | tail` is tail's. Sets `said`."""
     failed, ran = p["event"] == "PostToolUseFailure", steps(p["command"])
     output = output_of(p.get("error") if failed else p["tool_response"])
-    jobs = [job for job, begin in tables().shell_jobs.items() if any(re.match(begin, step) for step in ran)]
-    for job in jobs + ["tests"] * ("test" in dig(p, "tool_input", "description").lower()):
+    for job in shell_jobs(ran) + ["tests"] * ("test" in dig(p, "tool_input", "description").lower()):
         found = re.finditer(tables().shell_news.get(job, tables().shell_news["build"]), output, re.M)
         lines = dict.fromkeys(" ".join(" ".join(filter(None, m.groups())).split()).strip(" =") for m in found)
         bad = dict.fromkeys(line for line in lines if re.search(tables().shell_bad, line))
@@ -1107,14 +1119,16 @@ def parse_hook(raw: bytes) -> Any:
 
 
 def parse_spooled(raw: bytes) -> Hook:
-    """A hook that the client kept while no server answered: header lines, an empty line, the payload."""
+    """A hook, or an update, that the client kept while no server answered: header lines, an empty line, the
+    payload."""
     head, _, body = raw.partition(b"\n\n")
     lines = (line.partition(": ") for line in head.decode("utf-8", "replace").splitlines())
     found = {name: text.strip() or None for name, _, text in lines}
-    if found.get("agent") not in AGENTS:
+    if found.get("agent") not in (*AGENTS, "update"):
         raise invalid("this is not a spooled hook of an agent that is known here")
     moment = FIELDS["since"].check(found.get("time") or timestamp(), "time")
-    names = (found["agent"], parse_hook(body), found.get("event"), found.get("task"), found.get("key"))
+    payload = (parse_json if found["agent"] == "update" else parse_hook)(body)
+    names = (found["agent"], payload, found.get("event"), found.get("task"), found.get("key"))
     return Hook(*names, min(moment, timestamp()))
 
 
@@ -2733,6 +2747,8 @@ class Monitor:
     def take_hook(self, hook: Hook, moment: str | None = None) -> None:
         """Take in a hook of an agent: find or make its task, store what is worth it, and note whether the
         run waits. Nothing comes of a hook that came before, or of a run that cannot be told from others."""
+        if hook.agent == "update":
+            return self.take_update(hook)
         payload = self.masked_apart(hook.payload)  # first: half a secret, cut off, looks like none
         facts = {"event": "", "cwd": ""} | session_facts(hook.agent, payload, hook.event)
         draft, place = agent_draft(hook.agent, payload, hook.event), None
@@ -2747,6 +2763,17 @@ class Monitor:
         now, digest = moment or timestamp(), hashlib.sha256(sent).digest()
         heard = Heard(hook, facts, draft, place, digest, hook.time or now)
         self.store.write(lambda t: record_hook(t, heard, now))
+
+    def take_update(self, hook: Hook) -> None:
+        """Take in an update that may have waited in a spool, each once, and note when it happened."""
+        given = hook.payload if isinstance(hook.payload, dict) else {}
+        fields = self.masked_apart(clean(given | {"task_id": hook.task}, SPOOLED_UPDATE))
+        if not fields.keys() & {"task_id", "name"}:
+            raise invalid("task_id is missing", "task_id")
+        if isinstance(fields.get("data"), dict):
+            fields["data"]["occurred_at"] = hook.time
+        place = self._in_thread(find_place, fields.get("folder", ""))
+        self.store.write(lambda t: record_spooled(t, hook.key, fields, place, timestamp()))
 
     def take_webhook(
         self, payload: Any, headers: dict, named: str | None = None, moment: str | None = None
@@ -2908,6 +2935,23 @@ def record_hook(t: Transaction, heard: Heard, now: str) -> None:
             t.change(TASK, task["number"], changes | {"updated_at": now})
         else:
             t.tell(task)
+
+
+def record_spooled(t: Transaction, key: str | None, fields: dict, place: Place, now: str) -> None:
+    """Store an update from a spool unless it came before: for its task, else for the one that updates of this
+    source went to so far; at first that is a new one."""
+    own = f"source\n{fields['source']}"  # senders' keys hold no line break
+    if key and t.seen_key(key, b"", now):
+        return
+    if "task_id" not in fields and (first := t.seen_key(own, b"", now)):
+        fields |= {"task_id": json.loads(t.update(first["seq"]))["task_id"]}
+    elif "task_id" not in fields:
+        values = {"name": fields["name"], "created_at": now, "updated_at": now}
+        values["workstream"] = t.folder_workstream(place.project, now, place.repository)
+        fields |= {"task_id": str(t.add(TASK, values))}
+    t.insert_update(t.one(TASK, fields["task_id"]), fields, now)
+    for each in filter(None, (key, own)):
+        t.keep_key(each, b"", now, t.frames[-1].seq)
 
 
 def task_after(run: Any, task: Any, draft: Draft, title: str, now: str) -> dict[str, Any]:
@@ -3812,7 +3856,7 @@ def receive_hook(agent: str, wanted: dict[str, Any]):
 def receive_spooled():
     """Take in a hook that waited in a spool, as its file has it."""
     hook = parse_spooled(read_body(MAX_WEBHOOK))
-    if monitor().config.database is None:
+    if monitor().config.database is None and hook.agent != "update":
         raise Problem("unavailable", "a temporary database keeps nothing: what waits in a spool waits on")
     monitor().take_hook(hook)
     return flask.Response(status=204)
@@ -4739,10 +4783,12 @@ def thread_server(listener, app, access_log: bool):
 
 def use_gevent() -> bool:
     """Patch the standard library for gevent; False where it is missing or not wanted."""
-    if os.environ.get("MONITOR_THREADS") == "1" or importlib.util.find_spec("gevent") is None:
+    if os.environ.get("MONITOR_THREADS") == "1":
         return False
-    from gevent import monkey
-
+    try:
+        from gevent import monkey
+    except ImportError:  # none, or one that was built for another Python
+        return False
     _ = flask.Flask  # loads it now: gevent looks through all modules while it patches
     monkey.patch_all()
     return True
@@ -4786,8 +4832,6 @@ def run_server(config: Config, access_log: bool, ready: Callable[[Monitor, str, 
 
 def on_signals(with_gevent: bool) -> threading.Event:
     """An event that SIGINT and SIGTERM set: raising in whatever greenlet runs would leave a mess."""
-    import signal
-
     stopping, handle = threading.Event(), signal.signal
     if with_gevent:
         from gevent import signal_handler as handle
@@ -5074,19 +5118,32 @@ def trouble_of(server: str, status: int, told: Any = None) -> Problem:
     return Problem(str(code), told.get("message", f"{server} wants another token") + hint)
 
 
+def spool_head(agent: str, event: str, task: str, key: str) -> bytes:
+    """What stands before the payload in a spooled file."""
+    return f"agent: {agent}\nevent: {event}\ntask: {task}\ntime: {timestamp()}\nkey: {key}\n\n".encode()
+
+
+def keep_event(server: str, key: str, event: bytes) -> str | None:
+    """Keep an event in the spool of a server; the file, None where there is no room."""
+    folder = spool_folder(server)
+    if not folder or len(spooled(folder)) >= MAX_SPOOLED:
+        return None
+    os.umask(0o077)
+    os.makedirs(folder, exist_ok=True)
+    Path(folder, f".{key}").write_bytes(event)
+    os.replace(f"{folder}/.{key}", f"{folder}/{key}.hook")
+    return f"{folder}/{key}.hook"
+
+
 def send_hook(server: str, token: str, agent: str, event: str, body: bytes) -> bool:
     """Post a payload, or keep it in the spool; whether it is now time to empty the spool."""
     key, task = str(uuid.uuid4()), " ".join(os.environ.get("MONITOR_TASK_ID", "").split())
     headers = {"Content-Type": "application/json", "X-Monitor-Task": task, "Idempotency-Key": key}
     place = f"{agent}?event={quoted(event)}" if event else agent
-    status, folder = post_hook(server, token, place, body, headers), spool_folder(server)
-    if folder and status in UNTAKEN and len(spooled(folder)) < MAX_SPOOLED:
-        head = f"agent: {agent}\nevent: {event}\ntask: {task}\ntime: {timestamp()}\nkey: {key}\n\n"
-        os.umask(0o077)
-        os.makedirs(folder, exist_ok=True)
-        Path(folder, f".{key}").write_bytes(head.encode() + body)
-        os.replace(f"{folder}/.{key}", f"{folder}/{key}.hook")
-    return bool(200 <= status < 300 and spooled(folder))
+    status = post_hook(server, token, place, body, headers)
+    if status in UNTAKEN:
+        keep_event(server, key, spool_head(agent, event, task, key) + body)
+    return bool(200 <= status < 300 and spooled(spool_folder(server)))
 
 
 def flush_spool(server: str, token: str) -> tuple[int, int, int]:
@@ -5309,6 +5366,7 @@ PARAMETERS |= {"agent": click.Argument(["agent"], type=click.Choice(AGENTS))}
 PARAMETERS |= {"any_agent": click.Argument(["agent"], type=click.Choice(AGENTS), required=False)}
 PARAMETERS |= {"any_task": click.Argument(["task"], required=False)}
 PARAMETERS |= {"seq": click.Argument(["seq"], type=int)}
+PARAMETERS |= {"command": click.Argument(["command"], nargs=-1, required=True)}
 GLOBAL_OPTIONS = [setting_option(each, expose_value=False, callback=remember) for each in CLIENT_SETTINGS]
 GLOBAL_OPTIONS += [PARAMETERS["quiet"]]
 GROUPS = (
@@ -5457,6 +5515,464 @@ def api_command(words: str, request: str, names: str, fields: Fields, text: str)
 
     call.__doc__ = text
     command(words, names, fields)(call)
+
+
+# ======================================================================================================
+# run: a command as if nobody watched it, its start and end recorded
+# ======================================================================================================
+
+OUTPUT_BYTES = 64 * 1024  # of output are looked at when a command has ended
+OUTPUT_KEPT = 10_000  # characters of that are recorded
+RECORD_SECONDS = 2  # a command that has ended waits for a server
+FORWARDED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
+ESCAPES = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~]?)"
+JOB_KINDS = {"tests": "test_result", "build": "build_result", "deploy": "deployment"}
+
+
+def write_whole(descriptor: int, data: bytes) -> None:
+    """Write all of some bytes, also where the other side has made the descriptor non-blocking."""
+    while data:
+        try:
+            data = data[os.write(descriptor, data) :]
+        except BlockingIOError:
+            select.select([], [descriptor], [])
+
+
+def readable(raw: bytes) -> str:
+    """Output as it stood there in the end: no escape codes, full-screen programs, overwritten lines."""
+    parts = re.split(r"\x1b\[\?(?:1049|1047|47)([hl])", raw.decode("utf-8", "replace"))
+    sides = ["", *parts[1::2], ""]
+    shown = zip(parts[::2], sides, sides[1:], strict=False)
+    text = re.sub(ESCAPES, "", "".join(part for part, on, off in shown if on != "h" and off != "l"))
+    text = re.sub(r"[^\n\x08]\x08", "", text)
+    text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text).strip("\n")
+
+
+def last_words(raw: bytes) -> str:
+    """The end of what a command put out, as it is recorded. Masked here: half a secret looks like none."""
+    text = redact_text(readable(raw))
+    end = text[-OUTPUT_KEPT:]
+    return text if end == text else "…\n" + (end.partition("\n")[2] or end)
+
+
+def spoken(words: Iterable[str]) -> str:
+    """A command line to be recorded, without what follows an option such as --password."""
+    import shlex
+
+    pairs = itertools.pairwise(["", *words])
+    return shlex.join(
+        MASK if redact_deep({before: word}) == {before: MASK} and before[:1] == "-" else word
+        for before, word in pairs
+    )
+
+
+class Record:
+    """What is told of a command: to the server, or to the spool until it answers."""
+
+    def __init__(self, task: str | None, title: str | None, words: tuple[str, ...]):
+        self.server, self.token = target()
+        self.task, self.line = task or "", spoken(words)
+        program = one_line(PurePath(words[0]).name, 100) or "command"
+        self.fields: dict[str, Any] = {"source": f"run:{program}-{secrets.token_hex(4)}", "name": title}
+        with contextlib.suppress(OSError):  # somebody has removed the folder that we are in
+            self.fields["folder"] = os.getcwd()
+        self.trouble = ""
+
+    def start(self) -> None:
+        """Tell that it has started."""
+        self.tell(f"started: {one_line(self.line)}", kind="command_start", level="info")
+
+    def end(self, status: int, seconds: float, output: bytes | None) -> None:
+        """Tell how it has ended."""
+        code = os.waitstatus_to_exitcode(status)
+        how = f"exit status {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+        kinds = [JOB_KINDS[job] for job in shell_jobs(steps(self.line)) if job in JOB_KINDS]
+        data = {"exit_status": code if code >= 0 else 128 - code, "duration_ms": int(seconds * 1000)}
+        data |= {} if output is None else {"output": last_words(output)}
+        message = f"{one_line(self.line)}: {how} after {seconds:,.1f} s"
+        kind, level = [*kinds, "command_end"][0], "error" if code else "info"
+        self.tell(message, kind=kind, level=level, **data)
+
+    def tell(self, message: str, kind: str, level: str, **data: Any) -> None:
+        """Send an update, after what waits in the spool; sets `trouble` to what is wrong."""
+        key, data = str(uuid.uuid4()), {"command": self.line, "folder": self.fields.get("folder")} | data
+        update = self.fields | {"message": message, "kind": kind, "level": level, "data": data}
+        body = dump(trimmed(update, OUTPUT_KEPT + 2))
+        event, kept = spool_head("update", "", self.task, key) + body.encode(), None
+        with contextlib.suppress(OSError):  # no place for a spool
+            kept = keep_event(self.server, key, event)
+        then = "what there is to record of this command waits for it" if kept else "nothing is recorded"
+        self.trouble = f"no answer from {self.server}; {then}"  # until there is one
+        if kept:
+            status = flush_spool(self.server, self.token)[2]
+        else:
+            status = post_hook(self.server, self.token, "spooled", event, SPOOL_HEADERS)
+        if os.path.exists(kept) if kept else status in UNTAKEN:
+            self.trouble = f"{trouble_of(self.server, status).message}; {then}"
+        else:
+            refused = f"{self.server} takes no record of this command (status {status}): is there a task"
+            self.trouble = f"{refused} {self.task}?" if status >= 300 else ""
+
+
+class Terminal:
+    """A pseudo-terminal that a command gets in place of ours on `number`. A `whole` one is all of its
+    terminal, and takes what is typed; else it only takes output."""
+
+    def __init__(self, number: int, whole: bool):
+        self.number, self.whole, self.over, self.lock = number, whole, False, threading.Lock()
+        self.master, self.slave = os.openpty()
+        self.mode = termios.tcgetattr(number)
+        mode = [*self.mode]
+        mode[1] &= -1 if whole else ~termios.OPOST  # else ours does that
+        termios.tcsetattr(self.slave, termios.TCSANOW, mode)
+        self.resize()
+
+    def resize(self) -> None:
+        """Give it the size of ours."""
+        with contextlib.suppress(termios.error):  # ours is gone
+            termios.tcsetwinsize(self.master, termios.tcgetwinsize(self.number))
+
+    def lend(self, raw: bool) -> bool:
+        """Let all keys reach the command, or not; False when the keyboard is the shell's, as after bg."""
+        if self.over or not has_keyboard():
+            return False
+        with contextlib.suppress(termios.error):  # it is gone
+            if raw:
+                tty.setraw(0, termios.TCSANOW)
+            else:
+                termios.tcsetattr(0, termios.TCSADRAIN, self.mode)
+        return True
+
+    def type(self) -> None:
+        """Hand on what is typed until the command is over."""
+        with contextlib.suppress(OSError):  # the terminal is gone, or the command
+            while not self.over:
+                with self.lock:
+                    lent = self.lend(True)
+                if not lent:
+                    time.sleep(0.2)
+                    continue
+                select.select([0], [], [])
+                with self.lock:  # not while we stop or end: then it is for somebody else
+                    typed = os.read(0, 4096) if self.lend(True) else b""
+                write_whole(self.master, typed)
+
+    def stop(self) -> None:
+        """Stop, as the command has, until the shell lets us go on; where no shell could, not at all."""
+        time.sleep(0.05)  # for what it has put out before
+        with self.lock:
+            self.lend(False)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTSTP])
+            os.kill(0, signal.SIGTSTP)
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTSTP])
+            self.lend(True)
+        self.resize()
+
+    def end(self) -> None:
+        """Have our terminal as it was."""
+        with self.lock:
+            self.lend(False)
+            self.over = True
+
+
+def can_read(descriptor: int, seconds: float) -> bool:
+    """Whether there is something to read, within some seconds."""
+    return bool(select.select([descriptor], [], [], seconds)[0])
+
+
+def has_keyboard() -> bool:
+    """Whether what is typed on the terminal is for us: we are not in the background."""
+    with contextlib.suppress(OSError):  # a terminal, but not the one of our session
+        return os.tcgetpgrp(0) == os.getpgrp()
+    return False
+
+
+class Child:
+    """A command that runs under us. What is a terminal for us is one for it; what is none is a pipe, or with
+    `silent` the very same file."""
+
+    def __init__(self, words: tuple[str, ...], silent: bool):
+        self.words, self.kept, self.terminal = words, bytearray(), None
+        self.outputs: dict[int, int] = {}  # of the command
+        self.sources: dict[int, int] = {}  # what we read: where it goes
+        self.whole = not silent and os.isatty(0) and os.isatty(1) and has_keyboard()
+        for number in () if silent else (1, 2):
+            if os.isatty(number):
+                self.terminal = self.terminal or Terminal(number, self.whole)
+                self.sources[self.terminal.master] = self.terminal.number
+                self.outputs |= {} if self.whole else {number: self.terminal.slave}
+            else:
+                source, self.outputs[number] = os.pipe()
+                self.sources[source] = number
+        self.awaited = FORWARDED | {signal.SIGCHLD} | ({signal.SIGTSTP} if self.whole else set())
+        for number in (signal.SIGCHLD, signal.SIGWINCH):
+            signal.signal(number, lambda *_: None)  # what is ignored may never arrive
+        self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*self.awaited, signal.SIGTTOU, signal.SIGWINCH})
+        self.number = os.fork() or self.become()
+        for descriptor in {*self.outputs.values(), *([self.terminal.slave] if self.terminal else [])}:
+            os.close(descriptor)
+
+    def become(self) -> int:
+        """Be the command, in a process of its own."""
+        try:
+            if self.whole:
+                os.login_tty(self.terminal.slave)
+            for number, descriptor in self.outputs.items():
+                os.dup2(descriptor, number)
+            if self.whole:
+                self.lead()
+            for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+            os.execvp(self.words[0], self.words)  # noqa: S606 (no shell is what we want)
+        except (OSError, ValueError) as error:  # ValueError: an empty name
+            said = f"monitor: cannot run {plain(self.words[0])!r}: {getattr(error, 'strerror', error)}\n"
+            os.write(2, said.encode("utf-8", "replace"))
+            os._exit(127 if isinstance(error, FileNotFoundError | ValueError) else 126)
+        finally:
+            os._exit(126)
+
+    def lead(self) -> None:
+        """Lead the session of the command, which goes on in a child of ours: Ctrl-Z does not stop a process
+        whose parent is in another session. We stop when it does, and end as it ends."""
+        number = os.fork()
+        if not number:
+            os.setpgid(0, 0)
+            os.tcsetpgrp(0, os.getpid())
+            return
+        os.closerange(3, 1 << 16)  # with our share of the other side the terminal would never hang up
+        with contextlib.suppress(OSError):  # it has done so itself
+            os.setpgid(number, number)
+
+        def stopped() -> None:
+            os.kill(os.getpid(), signal.SIGSTOP)
+            os.killpg(number, signal.SIGCONT)
+
+        end_as(wait_for(number, self.awaited, lambda signum, _: os.killpg(number, signum), stopped))
+
+    def wait(self) -> int:
+        """Wait for its end, its status, with all that it puts out passed on and the end of that kept."""
+        over, ended = os.pipe()
+        passing = [(*each, over) for each in self.sources.items()]
+        relays = [threading.Thread(target=self.relay, args=each, daemon=True) for each in passing]
+        if self.whole:
+            self.terminal.lend(True)  # before anything comes
+            threading.Thread(target=self.terminal.type, daemon=True).start()
+        for thread in relays:
+            thread.start()
+        try:
+            watched = self.awaited | ({signal.SIGWINCH} if self.terminal else set())
+            return wait_for(self.number, watched, self.forward, self.stopped)
+        finally:
+            os.close(ended)
+            for thread in relays:
+                thread.join()
+            if self.whole:
+                self.terminal.end()
+
+    def forward(self, number: int, sent: bool) -> None:
+        """Hand a signal on. What comes from the keyboard goes to all that share a terminal, also to it."""
+        resized = number == signal.SIGWINCH
+        if resized:
+            self.terminal.resize()
+        if sent or self.whole or resized:
+            os.kill(self.number, number)
+
+    def stopped(self) -> None:
+        """Stop with it, where the terminal has not done so."""
+        if self.whole:
+            self.terminal.stop()
+            os.kill(self.number, signal.SIGCONT)
+
+    def relay(self, source: int, to: int, over: int) -> None:
+        """Pass on what it puts out; after its end until nothing comes: what it left may hold on to that."""
+        with contextlib.suppress(OSError):  # of a pseudo-terminal that nobody has any more
+            # `over` comes with the end: then what there is, but no waiting for more.
+            while source in select.select([source, over], [], [])[0] or can_read(source, 0.1):
+                data = os.read(source, 65536)
+                self.kept += data
+                del self.kept[:-OUTPUT_BYTES]
+                try:
+                    write_whole(to, data)
+                except OSError:
+                    to = os.open(os.devnull, os.O_WRONLY) if os.isatty(source) else -1
+                if not data or to < 0:
+                    break
+        if not os.isatty(source):
+            os.close(source)  # then it gets SIGPIPE, as if it wrote to what has gone itself
+
+
+def wait_for(child: int, awaited: set[int], forward: Callable, stopped: Callable) -> int:
+    """Wait for the end of a child; its status. Hand signals on, with whether a process sent it."""
+    while True:
+        if hasattr(signal, "sigwaitinfo"):
+            told = signal.sigwaitinfo(awaited)
+            number, sent = told.si_signo, told.si_code <= 0
+        else:  # macOS
+            number = signal.sigwait(awaited)
+            sent = number not in (signal.SIGINT, signal.SIGQUIT)
+        if number != signal.SIGCHLD:
+            forward(number, sent)
+            continue
+        done, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED)
+        if done and os.WIFSTOPPED(status):
+            stopped()
+        elif done:
+            return status
+
+
+def end_as(status: int, keyboard: bool = False) -> None:
+    """End as a command has: by its signal too, so that a shell's script stops at a Ctrl-C, which it has not
+    seen itself where the `keyboard` was the command's."""
+    import resource
+
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it has left one
+        with contextlib.suppress(OSError):  # of SIGKILL
+            signal.signal(-code, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [-code])
+        os.kill(0 if keyboard and -code in (signal.SIGINT, signal.SIGQUIT) else os.getpid(), -code)
+    os._exit(code if code >= 0 else 128 - code)  # the latter: the first process of a container
+
+
+@command("run", "run_task new_title no_output command")
+def run(run_task: str | None, new_title: str | None, no_output: bool, command: tuple[str, ...]) -> None:
+    """Run COMMAND, with its terminal, signals and exit status as without us, and record on a task that it
+    started, how it ended and what it put out last. It never waits for the server.
+
+    \b
+      monitor run --task 12 -- make test
+      monitor run --new "Nightly build" -- ./build.sh
+    """
+    task = None if new_title else current_task(run_task)
+    if not (task or new_title) or (run_task and new_title):
+        raise click.UsageError("name a task: --task ID, or --new TITLE for a new one, or set MONITOR_TASK_ID")
+    clean({"task_id": task, "name": new_title}, SPOOLED_TASK)
+    os.environ |= {"MONITOR_TASK_ID": task} if task else {}
+    while (spare := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass  # standard files that are closed: pipes must not take their numbers
+    os.close(spare)
+    record = Record(task, new_title, command)
+    child, begin = Child(command, no_output), time.monotonic()
+    threading.Thread(target=record.start, daemon=True).start()
+    status = child.wait()
+    told = (status, time.monotonic() - begin, None if no_output else bytes(child.kept))
+    last = threading.Thread(target=record.end, args=told, daemon=True)
+    last.start()
+    last.join(RECORD_SECONDS)
+    if record.trouble and not quiet():
+        with contextlib.suppress(OSError):  # the terminal is gone
+            click.echo(f"monitor: {plain(record.trouble)}", err=True)
+    end_as(status, child.whole)
+
+
+cli.commands["run"].allow_interspersed_args = False  # from COMMAND on, options are its own
+
+
+# ======================================================================================================
+# pack: the one file that needs nothing but Python
+# ======================================================================================================
+
+PACKED = ("click", "flask", "flask-sock", "requests")  # and what these need
+NATIVE = (*PACKED, "gevent", "greenlet")
+UNPACKED = r"(^|/)\.\./|__pycache__/|^gevent/tests/|\.(c|h|pxd|pyc|pyi|pyx|typed)$"
+UNPACKED += r"|\.dist-info/(?!METADATA|.*(?i:licen[cs]e|copying|notice|authors))"
+INSTALL = "this Python has no {}, which is to be packed; type: {} -m pip install {}"
+
+
+def our_files() -> dict[str, bytes]:
+    """What Monitor consists of, by the names that it has in a package."""
+    import zipfile
+
+    archive = getattr(__loader__, "archive", None)  # we run from such a file
+    home = zipfile.Path(archive, "monitor/") if archive else Path(os.path.abspath(__file__)).parent
+    below = (file for folder in ("static", "templates") for file in (home / folder).iterdir())
+    names = [f"{file.parent.name}/{file.name}" for file in below if file.is_file()]  # pip compiles ours
+    found = {f"monitor/{name}": asset(*name.split("/")) for name in ["LICENSE", "schema.sql", *names]}
+    return found | {"monitor/__init__.py": __loader__.get_source(__name__).encode()}
+
+
+def installed_files(names: Iterable[str], unpacked: str) -> dict[str, bytes]:
+    """The files of packages as they are installed here, and of all that they need. Each has its list of them,
+    so that what is packed can be packed again; Problem names what is missing."""
+    from importlib import metadata
+
+    found: dict[str, bytes] = {}
+    missing, wanted = [], [*names]
+    for name in wanted:  # grows
+        try:
+            package = metadata.distribution(name)
+            files = [file for file in package.files or () if not re.search(unpacked, str(file))]
+            (info,) = (str(file) for file in files if file.name == "METADATA")
+        except (metadata.PackageNotFoundError, ValueError):  # ValueError: not as pip installs it
+            missing.append(name)
+            continue
+        record = info.replace("METADATA", "RECORD")
+        found |= {str(file): file.read_binary() for file in files}
+        found[record] = "".join(f"{file},,\n" for file in sorted([*map(str, files), record])).encode()
+        needs = (re.match(r"[\w.-]+", need)[0].lower() for need in package.requires or () if ";" not in need)
+        wanted += dict.fromkeys(need for need in needs if need not in wanted)
+    if missing:
+        raise invalid(INSTALL.format(", ".join(missing), sys.executable, " ".join(missing)))
+    return found
+
+
+def pack_plain(folder: str, target: str) -> None:
+    """Write a zip that Python runs as it is: source, and beside it byte code of this Python."""
+    import subprocess
+    import zipfile
+
+    # In a process apart: the bytes of byte code depend on what else a process knows.
+    words = f"{sys.executable} -ISm compileall -q -b --invalidation-mode unchecked-hash -s".split()
+    subprocess.run([*words, folder, folder], check=True)  # noqa: S603 (our own words)
+    with new_file(target, 0o755) as file:
+        file.write(b"#!/usr/bin/env python3\n")
+        with zipfile.ZipFile(file, "w") as archive:
+            for path in sorted(Path(folder).rglob("*")):
+                # Folders too: without theirs, Python 3.12 finds no packages that have no __init__.py.
+                entry = zipfile.ZipInfo(f"{path.relative_to(folder)}{'/' * path.is_dir()}")  # of 1980
+                entry.external_attr = (0o40755 if path.is_dir() else 0o100644) << 16
+                content = b"" if path.is_dir() else path.read_bytes()
+                archive.writestr(entry, content, zipfile.ZIP_DEFLATED, 9)
+
+
+def pack_native(folder: str, target: str) -> None:
+    """Write a zip that unpacks itself into ~/.shiv, as machine code must be files."""
+    try:
+        from shiv.cli import main as shiv
+    except ImportError:
+        raise invalid(INSTALL.format("shiv", sys.executable, "shiv")) from None
+    with tempfile.TemporaryDirectory() as made:
+        words = ["--python", "/usr/bin/env python3", "--site-packages", folder, "--entry-point", "start:main"]
+        shiv([*words, "--reproducible", "--output-file", f"{made}/monitor.pyz"], standalone_mode=False)
+        with new_file(target, 0o755) as file:
+            file.write(Path(made, "monitor.pyz").read_bytes())
+
+
+@command("pack", "packed native")
+def pack(packed: str, native: bool) -> None:
+    """Write Monitor and all that it needs into one file, that runs where there is nothing but Python 3.11 or
+    newer, without being unpacked. The same input makes the same bytes.
+
+    \b
+      monitor pack
+      scp monitor.pyz host: && ssh host python3 monitor.pyz serve
+    """
+    names, unpacked = (NATIVE, UNPACKED) if native else (PACKED, UNPACKED + r"|\.(pyd|so)$")
+    target = os.path.abspath(packed)
+    try:
+        files = our_files() | installed_files(names, unpacked)
+        files["start.py" if native else "__main__.py"] = asset("templates", "start.py")
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
+                Path(folder, name).write_bytes(content)
+            (pack_native if native else pack_plain)(folder, target)
+    except OSError as error:
+        raise invalid(f"cannot pack into {packed}: {error.strerror or error}") from None
+    show({"file": target, "bytes": os.path.getsize(target)})
 
 
 # ======================================================================================================

@@ -416,6 +416,40 @@ def start(scale: Scale) -> Rows:
 
 
 @bench
+def packed(scale: Scale) -> Rows:
+    """The one file, where there is only Python: its size, start and memory; and what `monitor run` adds."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, file = str(bench_load.ROOT / "monitor.py"), f"{folder}/monitor.pyz"
+        run_time(source, "pack", "--output", file)
+        sizes = []
+
+        def answer() -> Times:
+            begin = time.monotonic()
+            server = Server(Path(folder, "monitor.db"), ("-S", file))
+            server.ask(get("/health"))
+            took = timed([(time.monotonic() - begin) * 1000], begin)
+            sizes.append(server.memory())
+            server.stop()
+            return took
+
+        mine, base = in_turn(scale.rounds, answer, functools.partial(first_answer, "/health", False))
+        what = f"monitor.pyz, {os.path.getsize(file) / 1e6:.1f} MB: serve, start to first answer"
+        beside = f"monitor.py under gevent {base.p50:.0f} ms"
+        yield Row(what, f"{mine.p50:.0f} ms", beside, f"{mine.p50 / base.p50:.2f}")
+        yield Row("monitor.pyz: memory, idle", f"{statistics.median(sizes):.1f} MB")
+        with serving() as server:
+            settings = {"MONITOR_SERVER": f"http://127.0.0.1:{server.port}", "MONITOR_SPOOL": folder}
+            commands = [(*program, "task", "list") for program in (("-S", file), (source,))]
+            commands += [(source, "run", "--task", server.new_task(), "true"), (source, "--version")]
+            runs = [functools.partial(run_time, *command, **settings) for command in commands]
+            listed, checkout, ran, least = (times.p50 for times in in_turn(scale.rounds * 3, *runs))
+        beside = f"python monitor.py {checkout:.0f} ms"
+        yield Row("monitor.pyz task list", f"{listed:.0f} ms", beside, f"{listed / checkout:.2f}")
+        beside = f"monitor --version {least:.0f} ms"
+        yield Row("monitor run true", f"{ran:.0f} ms", beside, f"{ran / least:.2f}")
+
+
+@bench
 def hooks(scale: Scale) -> Rows:
     """What an agent's hook costs: the installed line of shell, with the server up, off and hanging."""
     payload = json.dumps({"hook_event_name": "PostToolUse", "session_id": "s", "tool_name": "Bash"}).encode()

@@ -59,8 +59,8 @@ def timed(delays: list[float], begin: float) -> Times:
 class Server:
     """A server process on a free port: Monitor on a database, or the bare Flask app."""
 
-    def __init__(self, database: Path | None):
-        monitor = [str(ROOT / "monitor.py"), "serve", "--bind", "127.0.0.1:0", "--db", str(database)]
+    def __init__(self, database: Path | None, program: tuple[str, ...] = (str(ROOT / "monitor.py"),)):
+        monitor = [*program, "serve", "--bind", "127.0.0.1:0", "--db", str(database)]
         command = [
             sys.executable,
             *(monitor if database else [str(ROOT / "tests" / "bench.py"), "--bare-server"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -30,7 +31,9 @@ def clean_environment(**settings: str) -> dict[str, str]:
 class Server:
     """A `monitor serve` process on a free port, and a client for it."""
 
-    command = (sys.executable, str(ROOT / "monitor.py"))
+    # MONITOR_COMMAND tests a Monitor that is built already, as a black box: "python3 -S monitor.pyz".
+    command = tuple(shlex.split(os.environ.get("MONITOR_COMMAND", "")))
+    command = command or (sys.executable, str(ROOT / "monitor.py"))
 
     def __init__(self, database: Path | str, *options: str, port: int = 0, **settings: str):
         self.database, self.options, self.settings, self.port = database, options, settings, port

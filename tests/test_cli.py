@@ -28,7 +28,7 @@ from conftest import ROOT, Server, clean_environment, wait_until
 
 import monitor
 
-PROGRAM = (sys.executable, str(ROOT / "monitor.py"))
+PROGRAM = Server.command
 NOBODY = "00000000-0000-4000-8000-000000000000"
 DEEP = "[" * 100_000
 

@@ -12,7 +12,6 @@ import shutil
 import socket
 import stat
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +19,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, clean_environment, wait_until
+from conftest import Server, clean_environment, wait_until
 
 import monitor
 
-PROGRAM = (sys.executable, str(ROOT / "monitor.py"))
+PROGRAM = Server.command
 SHELLS = [shell for shell in ("sh", "dash", "bash", "zsh", "fish") if shutil.which(shell)]
 WAYS = [*SHELLS, "monitor hook"]
 NASTY = {"text": "it's \"quoted\" $HOME `id` $(id) \\n %s\n\ttäb 漢字 \U0001f600 'end"}

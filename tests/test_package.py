@@ -109,6 +109,12 @@ def test_the_installed_program_shows_its_demo(installed, tmp_path, monkeypatch):
     assert str(ROOT) not in file and int(size) == (ROOT / "templates" / "demo.jsonl").stat().st_size
 
 
+def test_the_installed_program_packs_the_same_file_as_a_checkout(installed, tmp_path):
+    output(installed / "monitor", "pack", "--output", tmp_path / "installed", folder=tmp_path)
+    output(sys.executable, ROOT / "monitor.py", "pack", "--output", tmp_path / "checkout", folder=tmp_path)
+    assert (tmp_path / "installed").read_bytes() == (tmp_path / "checkout").read_bytes()
+
+
 def test_the_script_and_the_package_need_the_same():
     """`uv run monitor.py` reads the block at the top of the script, pip reads pyproject.toml."""
     block = re.search(r"^# /// script$(.*?)^# ///$", (ROOT / "monitor.py").read_text(), re.M | re.S)[1]

@@ -18,7 +18,7 @@ TREE = ast.parse(SOURCE)
 
 SOURCES = ("redaction", "agents", "github")  # payload -> Draft: pure, and free of the rest of us
 STORE = ("store", "database")  # the statements, and the connections that run them
-COMMAND_LINE = ("cli", "commands")
+COMMAND_LINE = ("cli", "run", "pack", "commands")
 WEB_SIDE = ("guard", "socket", "web", "pages", "mcp", "app")
 LOADED_LATE = {"flask", "gevent", "jinja2", "requests", "urllib3", "werkzeug", "wsproto"}
 DISPLAYS = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
@@ -152,7 +152,7 @@ def test_flask_is_known_only_to_the_web_side():
 
 
 def test_click_is_used_only_by_the_command_line():
-    assert {section for section, name in USED if name == "click"} == set(COMMAND_LINE)
+    assert {section for section, name in USED if name == "click"} <= set(COMMAND_LINE)
 
 
 @pytest.mark.parametrize("section", [name for name in SOURCES if name in SECTIONS])
