@@ -25,7 +25,9 @@ The file, top to bottom (each section has a banner of its own):
     web          API routes, stream, pages, create_app()
     server       the WSGI server with limits and time-outs, gevent first, threads without it
     hooks        agents plugged in: their settings, the hook that they run, the spool while no server answers
-    cli          options, output, and the HTTP client behind the commands
+    client       settings of the client and where they come from; asking the server
+    cli          options and output
+    reading      commands that tell how things stand, wait for something and follow the log
     commands     the click commands
 """
 
@@ -44,6 +46,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -178,12 +181,17 @@ def parse_event_rule(rule: str) -> str:
     return rule
 
 
+def state_path(kind: str, server: str, base: str | None = None) -> str:
+    """Where this user keeps something about a server."""
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    name = re.sub(r"[^A-Za-z0-9.-]", "_", server.removesuffix("/").encode().decode("latin-1"))
+    return f"{base or f'{state}/monitor/{kind}'}/{name}"
+
+
 def spool_folder(server: str) -> str | None:
     """The folder of events that a server has not taken yet; None: there is to be none."""
-    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    base = os.environ.get("MONITOR_SPOOL") or f"{state}/monitor/spool"
-    name = re.sub(r"[^A-Za-z0-9.-]", "_", server.removesuffix("/").encode().decode("latin-1"))
-    return None if base == "off" else f"{base}/{name}"
+    base = os.environ.get("MONITOR_SPOOL")
+    return None if base == "off" else state_path("spool", server, base)
 
 
 PARSERS = {  # by setting: the field of Config that it fills, and what reads it
@@ -386,7 +394,8 @@ def read_reference(value: Any, schema: dict[str, Any]) -> str:
 def read_number(value: str, schema: dict[str, Any]) -> int:
     """A whole number in a query; what lies outside its bounds is clamped."""
     least = schema["minimum"]
-    must(re.fullmatch(r"-?[0-9]{1,40}" if least else r"[0-9]{1,40}", value, re.ASCII), "be a whole number")
+    signed = least or "maximum" in schema
+    must(re.fullmatch(r"-?[0-9]{1,40}" if signed else r"[0-9]{1,40}", value, re.ASCII), "be a whole number")
     return min(max(int(value), least), schema.get("maximum", MAX_INTEGER))
 
 
@@ -454,6 +463,7 @@ GITHUB_WEBHOOK = fields("task_id! payload! headers")
 PRUNING = fields("older_than! data_only dry_run")
 WORKSTREAM_QUERY = fields("include_archived")
 TASK_QUERY = fields("workstream_id status attention include_hidden include_archived q")
+TASK_WAIT = fields("wait_for timeout")
 OF_TASK = fields("task_id")
 SESSION_MOVE = fields("source! task_id! updates")
 LINK_NAME = fields("link! value! repository")
@@ -2126,14 +2136,14 @@ class Broadcaster:
             self._newest = cursor, self.head, self._frames[start:end]
             return self._newest[2]
 
-    def wait(self, cursor: int, chosen: Filter) -> int:
-        """Wait for something wanted after `cursor`, the end, or WAIT_SECONDS at most; returns the cursor,
-        moved past what is not. No lock: who joins a crowd looks at the head after that, who publishes looks
-        for crowds after moving it."""
+    def wait(self, cursor: int, chosen: Filter, seconds: float | None = None) -> int:
+        """Wait for something wanted after `cursor`, the end, or WAIT_SECONDS (and `seconds`) at most; returns
+        the cursor, moved past what is not. No lock: who joins a crowd looks at the head after that, who
+        publishes looks for crowds after moving it."""
         crowd = self._crowds.get(chosen) or types.SimpleNamespace(seen=0, wake=threading.Event())
         crowd = self._crowds.setdefault(chosen, crowd)
         if self.head <= cursor and not self.closed:
-            crowd.wake.wait()
+            crowd.wake.wait(seconds)
             cursor = max(cursor, crowd.seen)
         return cursor
 
@@ -2189,6 +2199,20 @@ def follow(store: Store, broadcaster: Broadcaster, cursor: int, chosen: Filter, 
             return
         elif (cursor := broadcaster.wait(cursor, chosen)) >= broadcaster.head:
             yield [], cursor
+
+
+def changes(broadcaster: Broadcaster, cursor: int, chosen: Filter, seconds: float) -> Iterator:
+    """Yield each time that something wanted came after a cursor, for some seconds or until the end."""
+    until = time.monotonic() + seconds
+    while not broadcaster.closed and (left := until - time.monotonic()) > 0:
+        frames = broadcaster.after(cursor)
+        if frames is None or any(map(chosen.matches, frames)):
+            cursor = broadcaster.head
+            yield
+        elif frames:
+            cursor = frames[-1].seq
+        else:
+            cursor = broadcaster.wait(cursor, chosen, left)
 
 
 def ticks(batches: Iterable, broadcaster: Broadcaster) -> Iterator:
@@ -2966,9 +2990,31 @@ def kind_routes(kind: Kind, read: Callable[[Queries, dict[str, Any]], list[dict[
     return (
         ("POST", place, lambda: answer(monitor().create(kind, json_body()), 201)),
         ("GET", place, lambda: list_all(read, wanted)),
-        ("GET", one, lambda reference: show_one(kind, reference)),
+        ("GET", one, show_task if kind is TASK else lambda reference: show_one(kind, reference)),
         ("PATCH", one, lambda reference: answer(monitor().change(kind, reference, json_body()))),
     )
+
+
+def show_task(reference: str):
+    """One task; with wait_for as soon as its status or attention is one of these words, or at the time-out.
+    Who waits counts as a stream."""
+    broadcaster, store, asked = monitor().broadcaster, monitor().store, query(TASK_WAIT)
+    if "wait_for" not in asked:
+        return show_one(TASK, reference)
+    if broadcaster.streams >= MAX_STREAMS:
+        raise Problem("unavailable", "too many wait for something; try again")
+    head = broadcaster.head  # before the task is read: what comes after it is not missed
+    row = store.read_here(lambda q: q.one(TASK, reference))
+    seconds, chosen = asked.get("timeout", 30), Filter(task=row["number"])
+    broadcaster.streams += 1
+    try:
+        for _ in itertools.chain([None], changes(broadcaster, head, chosen, seconds)):
+            task = store.read_here(lambda q: TASK.make(q.one(TASK, row["id"])))
+            if {task["status"], task.get("attention", {}).get("state")} & set(asked["wait_for"]):
+                break
+    finally:
+        broadcaster.leave()
+    return answer(dump(task))
 
 
 def idempotency_key() -> str | None:
@@ -3941,21 +3987,39 @@ def check_hooks(agent: str, project: bool) -> dict[str, Any]:
 # What templates/hook.sh does, for shells without curl.
 
 
-def post_hook(server: str, token: str, place: str, body: bytes, headers: dict[str, str]) -> int:
-    """Post within two seconds in all, past proxies and redirects; the status, 0 without an answer."""
-    import http.client
+def request(server: str, token: str, method: str, path: str, body=None, headers=None, seconds: float = 30):
+    """Send a request, on a connection of its own; returns the response, whatever it is. It knows neither
+    proxies (they would get what is for 127.0.0.1) nor ~/.netrc (it would replace our token), and follows no
+    redirect."""
+    import http.client  # here: --help needs none
     from urllib.parse import urlsplit
+
+    to = urlsplit(server)
+    kind = http.client.HTTPSConnection if to.scheme == "https" else http.client.HTTPConnection
+    connection = kind(to.hostname, to.port, timeout=min(5, seconds))
+    headers = (headers or {}) | {"Connection": "close"}  # then the response owns the connection
+    headers |= {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        connection.connect()
+        connection.sock.settimeout(seconds)
+        connection.request(method, to.path + path, body, headers)
+        return connection.getresponse()
+    except BaseException:
+        connection.close()
+        raise
+
+
+def post_hook(server: str, token: str, place: str, body: bytes, headers: dict[str, str]) -> int:
+    """Post within two seconds in all; the status, 0 without an answer."""
+    import http.client
 
     answered = [0]
 
     def ask() -> None:
         with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
-            to = urlsplit(server)
-            kind = http.client.HTTPSConnection if to.scheme == "https" else http.client.HTTPConnection
-            bearer = {"Authorization": f"Bearer {token}"} if token else {}
-            with contextlib.closing(kind(to.hostname, to.port, timeout=HOOK_SECONDS)) as connection:
-                connection.request("POST", f"{to.path}/api/hooks/{place}", body, headers | bearer)
-                answered[0] = connection.getresponse().status
+            place_ = f"/api/hooks/{place}"
+            with request(server, token, "POST", place_, body, headers, HOOK_SECONDS) as response:
+                answered[0] = response.status
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
@@ -4004,14 +4068,18 @@ def flush_spool(server: str, token: str) -> tuple[int, int, int]:
 
 
 # ======================================================================================================
-# cli: options, output, and the HTTP client behind the commands
+# client: settings of the client and where they come from; asking the server
 # ======================================================================================================
 
-LONG_SECONDS = 3600  # how long an administrator's command waits for an answer
-EXIT_CODES = {"not_found": 3, "conflict": 3, "unauthorized": 4, "unreachable": 5}
-OPTION_NAMES = {"hidden": "--hidden/--no-hidden", "summary_text": "--summary", "task_id": "--task"}
-OPTION_NAMES |= {"workstream_id": "--workstream"}
-RUN_VARIABLES = {"claude": "CLAUDE_CODE_SESSION_ID"}  # what agents set for the commands that they run
+EXIT_CODES = {"not_found": 3, "conflict": 3, "unauthorized": 4, "unreachable": 5, "pending": 8}
+# What agents set for the commands that they run, where it is known to be the session of their hooks: not
+# COPILOT_AGENT_SESSION_ID, which only some versions set, and nothing of Gemini's and Cursor's.
+RUN_VARIABLES = {"claude": "CLAUDE_CODE_SESSION_ID", "codex": "CODEX_THREAD_ID"}
+VARIABLES = {name.removeprefix("MONITOR_").lower(): name for name, *_ in CLIENT_SETTINGS}
+VARIABLES |= {"task": "MONITOR_TASK_ID"}
+SETTING_WORDS = {"output": ("json", "plain", "table"), "color": ("auto", "always", "never")}
+PROJECT_FILE, PROJECT_KEYS = ".monitor.toml", ("task", "workstream", "server")
+USER_KEYS = ("server", "servers", "token", "token_file", "output", "color")
 
 
 def quiet() -> bool:
@@ -4021,7 +4089,189 @@ def quiet() -> bool:
 
 def plain(text: str) -> str:
     """Text for a terminal: control and bidi characters replaced, so that stored text cannot steer it."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", "\ufffd", text)
+    odd = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+    return re.sub(odd, "\ufffd", text)
+
+
+def failure(problem: Problem) -> click.ClickException:
+    """A Problem as an error of click's, with its exit status."""
+    failed = click.ClickException(plain(problem.message))
+    failed.exit_code = EXIT_CODES.get(problem.code, 1)
+    return failed
+
+
+def user_file() -> str:
+    """Where the user's own settings stand."""
+    folder = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return f"{folder}/monitor/config.toml"
+
+
+def project_file() -> str | None:
+    """The settings of the project that we are in: the first such file upward, if it is not another user's."""
+    with contextlib.suppress(OSError):
+        found = (folder / PROJECT_FILE for folder in (Path.cwd(), *Path.cwd().parents))
+        path = next(filter(Path.is_file, found), None)
+        return str(path) if path and path.stat().st_uid in (0, os.geteuid()) else None
+    return None
+
+
+def read_settings(path: str, known: tuple[str, ...]) -> dict[str, Any]:
+    """What a settings file says; a usage error for what makes no sense in it."""
+    text = read_small(path)
+    if not text.strip():
+        return {}
+    import tomllib  # here: most people have no such file
+
+    try:
+        found = tomllib.loads(text)
+    except ValueError as error:
+        raise click.UsageError(f"{path} is not TOML: {error}") from None
+    for key, value in found.items():
+        if key in USER_KEYS and key not in known:
+            raise click.UsageError(f"{path}: {key} does not belong there; put it into {user_file()}")
+        if key not in known or not isinstance(value, list if key == "servers" else str | int):
+            raise click.UsageError(f"{path}: {key} makes no sense; it takes {', '.join(known)}")
+    return {key: value if key == "servers" else str(value) for key, value in found.items()}
+
+
+def setting_layers(project: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The settings of the client by where they come from, the strongest first."""
+    options = click.get_current_context().meta
+    yield "option", {key: options.get(f"monitor.{name}") for key, name in VARIABLES.items()}
+    yield "environment", {key: os.environ.get(name) for key, name in VARIABLES.items()}
+    runs = [f"{agent}:{os.environ[name]}" for agent, name in RUN_VARIABLES.items() if os.environ.get(name)]
+    yield "the agent's run", {"task": runs[0] if runs else None}
+    if project and (path := project_file()):
+        yield path, read_settings(path, PROJECT_KEYS)
+    yield user_file(), read_settings(user_file(), USER_KEYS)
+    yield "default", {"server": CLIENT_SETTINGS[0].default, "color": "auto"}
+
+
+def setting(*keys: str, project: bool = True) -> tuple[str | None, str, str]:
+    """The strongest of some settings: its value, which it is, and where it comes from."""
+    for place, values in setting_layers(project):
+        for key in keys:
+            if value := values.get(key):
+                words = SETTING_WORDS.get(key)
+                if words and value not in words:
+                    raise click.UsageError(f"{key} ({place}) must be {', '.join(words[:-1])} or {words[-1]}")
+                return value, key, place
+    return None, keys[0], "nowhere"
+
+
+def read_token(project: bool = True) -> tuple[str, str]:
+    """The token, and where it comes from; from a file where one is named."""
+    token, key, place = setting("token", "token_file", project=project)
+    if key == "token_file" and token:
+        path = os.path.join(os.path.dirname(place), os.path.expanduser(token))
+        try:
+            token = Path(path).read_text("ascii").strip()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is not ASCII"
+            raise click.UsageError(f"cannot read the token in {path}: {reason}") from None
+    return token or "", place
+
+
+def target(project: bool = True) -> tuple[str, str]:
+    """Server and token of the current command line. A project's file may have come with a repository: it
+    names only servers on this machine or in the user's own file. A token goes only where it belongs: that
+    of the user's file to the servers there, that of the environment not to a server of a project's file."""
+    from urllib.parse import urlsplit
+
+    server, _, named_by = setting("server", project=project)
+    if not re.fullmatch(r"https?://[^\s/]\S*", server):
+        raise click.UsageError(f"{server!r} is no server's address; one looks like http://127.0.0.1:3000")
+    server, mine = server.removesuffix("/"), read_settings(user_file(), USER_KEYS)
+    known = [mine.get("server", CLIENT_SETTINGS[0].default), *mine.get("servers", [])]
+    ours, from_project = server in [str(each).removesuffix("/") for each in known], named_by == project_file()
+    if from_project and not ours and urlsplit(server).hostname not in LOOPBACK_NAMES:
+        hint = f"add it to servers in {user_file()}, if you trust it"
+        raise click.UsageError(f"{named_by} names {server}, which is none of yours; {hint}")
+    token, place = read_token(project)
+    sent = ours or place == "option" or (place == "environment" and not from_project)
+    return server, token if sent else ""
+
+
+def current_task(given: str | None = None) -> str | None:
+    """The task that a command is about: the one that is named, else MONITOR_TASK_ID, else that of the agent's
+    run that we are in, as claude:SESSION, else the project's; None: there is none."""
+    return given or setting("task")[0]
+
+
+def ask(server: str, token: str, method: str, path: str, given=None, seconds=30, whole=True) -> Any:
+    """Make a request of the API; returns the JSON object that answers it, or without `whole` the response.
+    Problem for any other answer."""
+    import http.client
+    from urllib.parse import urlencode
+
+    if not re.fullmatch(r"[\x21-\x7e]*", token):
+        raise click.UsageError("the token holds characters that cannot be sent; see MONITOR_TOKEN")
+    told, body = None, None if method == "GET" or given is None else dump(given)
+    headers = {"Content-Type": "application/json"} if body else {}
+    try:
+        path += f"?{urlencode(given, doseq=True)}" if given and method == "GET" else ""
+        response = request(server, token, method, path, body, headers, seconds)
+        taken = 200 <= response.status < 300
+        if taken and not whole:
+            return response
+        with response:
+            raw = response.read()
+    except ConnectionError:
+        raise trouble_of(server, 0) from None
+    except (ValueError, http.client.HTTPException) as error:  # also a certificate that is not trusted
+        raise invalid(f"cannot ask {server}: {error}") from None
+    except OSError:
+        raise trouble_of(server, 0) from None
+    with contextlib.suppress(ValueError, RecursionError):
+        told = json.loads(raw)
+    if taken and told and isinstance(told, dict):
+        return told
+    raise trouble_of(server, response.status, told)
+
+
+def expect(told: dict[str, Any], **shape: type) -> dict[str, Any]:
+    """An answer that has these members; Problem where it has not."""
+    odd = [name for name, kind in shape.items() if not isinstance(told.get(name), kind)]
+    if odd:
+        raise invalid(f"the server's answer has no {odd[0]} as it should; is it a Monitor server?")
+    return told
+
+
+def items_of(path: str, given: dict[str, Any] | None = None, seconds: float = 30) -> list[Any]:
+    """The items of a list of the API."""
+    return expect(ask(*target(), "GET", path, given, seconds), items=list)["items"]
+
+
+def task_name(text: str) -> str:
+    """A task as it is named on the command line, for the API: #12 is its number, @last the task that was
+    created, changed or written to from here before."""
+    if text != "@last":
+        return text.removeprefix("#")
+    with contextlib.suppress(OSError):
+        if found := re.fullmatch("[0-9a-f-]{36}", read_small(state_path("last", target()[0])).strip()):
+            return found[0]
+    raise failure(Problem("not_found", "there is no last task here yet; see: monitor task list"))
+
+
+def keep_last(told: dict[str, Any]) -> None:
+    """Keep which task an answer is about, for @last; not what an agent does."""
+    task = told.get("task_id", told.get("id") if "workstream_id" in told else None)
+    if task and not any(map(os.environ.get, RUN_VARIABLES.values())):
+        with contextlib.suppress(OSError):
+            path = state_path("last", target()[0])
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            Path(path).write_text(task)
+
+
+# ======================================================================================================
+# cli: options and output
+# ======================================================================================================
+
+LONG_SECONDS = 3600  # how long an administrator's command waits for an answer
+OPTION_NAMES = {"hidden": "--hidden/--no-hidden", "summary_text": "--summary", "task_id": "--task"}
+OPTION_NAMES |= {"workstream_id": "--workstream", "wait_for": "--for"}
+COLOURS = {"blocked": "magenta", "failed": "red", "error": "red", "stuck": "yellow", "warn": "yellow"}
+LEAST_COLUMN = 8
 
 
 def json_value(text: str) -> Any:
@@ -4032,16 +4282,45 @@ def json_value(text: str) -> Any:
         raise click.BadParameter(problem.message.replace("the body", "it")) from None
 
 
+def word_list(field: Field, text: str) -> str:
+    """The value of an option that takes some of a few words."""
+    try:
+        return ",".join(field.check(text, "it"))
+    except Problem as problem:
+        raise click.BadParameter(problem.message) from None
+
+
+def complete(kind: str, context: click.Context, parameter: click.Parameter, begun: str) -> list[Any]:
+    """What can stand for a task or workstream, for a shell's completion; nothing where no server answers."""
+    from click.shell_completion import CompletionItem
+
+    with contextlib.suppress(Problem, click.ClickException), context.scope(cleanup=False):
+        rows = items_of(f"/api/{kind}s", seconds=1)
+        pairs = ((str(row.get("number", row["id"])), plain(row["name"])) for row in rows)
+        return [CompletionItem(id, help=name) for id, name in pairs if id.startswith(begun)]
+    return []
+
+
+TASK_NAME = {"metavar": "TASK", "type": task_name, "shell_complete": functools.partial(complete, "task")}
+WORKSTREAM_NAME = {"metavar": "ID", "shell_complete": functools.partial(complete, "workstream")}
+OPTION_SETTINGS = {"task_id": TASK_NAME | {"metavar": "ID"}, "workstream_id": WORKSTREAM_NAME}
+
+
 def field_option(name: str, field: Field) -> click.Parameter:
     """The command line's option for a field of the API; a name that must be given is an argument."""
     if field.required and name == "name":
         return click.Argument([name])
     option, schema = OPTION_NAMES.get(name, "--" + name.replace("_", "-")), field.schema
     settings = {"type": click.Choice(schema["enum"])} if "enum" in schema else {}
-    settings |= {"metavar": "ID"} if name.endswith("_id") else {}
+    settings |= OPTION_SETTINGS.get(name, {})
     settings |= {"type": json_value, "metavar": "JSON"} if not schema else {}
     settings |= {"type": split_list, "metavar": "A,B"} if schema.get("type") == "array" else {}
+    settings |= {"type": lambda text: word_list(field, text), "metavar": "A,B"} if "x-words" in schema else {}
     settings |= {"is_flag": True, "default": None} if schema.get("type") == "boolean" else {}
+    if schema.get("type") == "integer":
+        settings["type"] = click.IntRange(schema["minimum"], schema.get("maximum"))
+    if field.required and name == "workstream_id":
+        settings["default"] = lambda: setting("workstream")[0]
     return click.Option([option, name], help=field.text, required=field.required, **settings)
 
 
@@ -4052,8 +4331,9 @@ def setting_option(setting: Setting, note: str = "", **more: Any) -> click.Optio
 
 
 def remember(context: click.Context, parameter: click.Parameter, value: Any) -> None:
-    """Keep a global option for the whole command line, wherever it stood."""
-    context.meta.update({f"monitor.{parameter.name}": value} if value else {})
+    """Keep a global option for the whole command line, wherever it stood; --json is one of MONITOR_OUTPUT."""
+    name, kept = (parameter.name, value) if parameter.name.isupper() else ("MONITOR_OUTPUT", parameter.name)
+    context.meta.update({f"monitor.{name}": kept} if value else {})
 
 
 PARAMETERS = {  # of our commands, by name
@@ -4061,21 +4341,36 @@ PARAMETERS = {  # of our commands, by name
     for name, settings in json.loads(asset("templates", "options.json")).items()
 }
 PARAMETERS |= {each.name: setting_option(each, f"; {each.default or 'none'}") for each in SETTINGS}
-PARAMETERS |= {name: click.Argument([name]) for name in ("file", "id")}
+PARAMETERS |= {"file": click.Argument(["file"]), "id": click.Argument(["id"], **WORKSTREAM_NAME)}
 PARAMETERS |= {"agent": click.Argument(["agent"], type=click.Choice(AGENTS))}
 PARAMETERS |= {"any_agent": click.Argument(["agent"], type=click.Choice(AGENTS), required=False)}
-PARAMETERS |= {"any_task": click.Argument(["task"], required=False)}
+PARAMETERS |= {"task": click.Argument(["task"], **TASK_NAME)}
+PARAMETERS |= {"any_task": click.Argument(["task"], required=False, **TASK_NAME)}
 PARAMETERS |= {"seq": click.Argument(["seq"], type=int)}
-GLOBAL_OPTIONS = [setting_option(each, expose_value=False, callback=remember) for each in CLIENT_SETTINGS]
+PARAMETERS |= {"shell": click.Argument(["shell"], type=click.Choice(["bash", "zsh", "fish"]))}
+PARAMETERS |= {"said": click.Argument(["message"], required=False)}
+PARAMETERS |= {"words": click.Argument(["words"], nargs=-1, required=True, metavar="TEXT...")}
+GLOBAL_KINDS = {"callback": remember, "expose_value": False, "is_eager": True}  # others may ask the server
+STYLES = {
+    "json": "Print JSON. [MONITOR_OUTPUT]",
+    "plain": "A record a line, with tabs.",
+    "table": "For people.",
+}
+STRONG = {"callback": remember, "expose_value": False, "is_eager": True}  # the others may ask the server
+GLOBAL_OPTIONS = [setting_option(each, **STRONG) for each in CLIENT_SETTINGS if each.name != "MONITOR_OUTPUT"]
+GLOBAL_OPTIONS += [
+    click.Option([f"--{style}"], is_flag=True, help=text, **STRONG) for style, text in STYLES.items()
+]
 GLOBAL_OPTIONS += [PARAMETERS["quiet"]]
 GROUPS = (
     click.Group("workstream", params=GLOBAL_OPTIONS, help="Make, list and change workstreams."),
-    click.Group("task", params=GLOBAL_OPTIONS, help="Make, list and change tasks."),
+    click.Group("task", params=GLOBAL_OPTIONS, help="Make, list, show and change tasks."),
     click.Group("update", params=GLOBAL_OPTIONS, help="Add updates to tasks, or wipe one."),
     click.Group("session", params=GLOBAL_OPTIONS, help="List the runs of agents, or move one."),
     click.Group("hooks", params=GLOBAL_OPTIONS, help="Plug coding agents in: their runs appear as tasks."),
 )
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+EXAMPLES = json.loads(asset("templates", "examples.json"))
 
 
 @click.group(commands=GROUPS, params=list(GLOBAL_OPTIONS), context_settings=HELP_OPTIONS)
@@ -4086,89 +4381,216 @@ def cli() -> None:
     \b
       monitor demo     look at it with a recorded story
       monitor serve    start a server, then open the address that it prints
+      monitor status   who needs you, and what goes on
     """
 
 
 class Command(click.Command):
-    """A command that tells a Problem as click tells an error."""
+    """A command that tells a Problem, or that it cannot write, as click tells an error."""
 
     def invoke(self, context: click.Context) -> None:
         """Run it."""
         try:
             super().invoke(context)
         except Problem as problem:
-            failure = click.ClickException(plain(problem.message))
-            failure.exit_code = EXIT_CODES.get(problem.code, 1)
-            raise failure from None
+            raise failure(problem) from None
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise failure(invalid(f"cannot write: {error.strerror}")) from None
 
 
 def command(words: str, names: str = "", fields: Fields | None = None) -> Callable:
     """Make the command of these words of a function: with the PARAMETERS of these names and an option a
-    field; the docstring is its help."""
+    field; the docstring is its help, and EXAMPLES has its example."""
     *group, name = words.split()
     params = [PARAMETERS[parameter] for parameter in names.split()]
     params += [field_option(*item) for item in (fields or {}).items()] + GLOBAL_OPTIONS
+    shown = {"epilog": f"\b\nExample:\n  {EXAMPLES[words]}"} if words in EXAMPLES else {}
 
     def register(function: Callable) -> Callable:
-        made = Command(name, params=params, callback=function, help=function.__doc__)
+        made = Command(name, params=params, callback=function, help=function.__doc__, **shown)
         (cli.commands[group[0]] if group else cli).add_command(made)
         return function
 
     return register
 
 
-def ask(server: str, token: str, method: str, path: str, given=None, seconds=30, whole=True) -> Any:
-    """Make a request of the API; returns the JSON object that answers it, or without `whole` the response.
-    Problem for any other answer."""
-    import requests  # here: gevent must patch before anybody imports it, and --help needs none
-
-    if not re.fullmatch(r"[\x21-\x7e]*", token):
-        raise click.UsageError("the token holds characters that cannot be sent; see MONITOR_TOKEN")
-    options = {"params" if method == "GET" else "json": given, "timeout": (5, seconds)}
-    options |= {"allow_redirects": False, "stream": not whole}
-    bearer, told = {"Authorization": f"Bearer {token}"} if token else {}, None
-    with requests.Session() as session:
-        # Else ~/.netrc replaces our bearer header, and http_proxy gets the requests for 127.0.0.1.
-        session.trust_env = False
-        try:
-            response = session.request(method, server + path, headers=bearer, **options)
-        except (requests.ConnectionError, requests.Timeout):
-            raise trouble_of(server, 0) from None
-        except (requests.RequestException, UnicodeError) as error:
-            raise invalid(f"cannot ask {server}: {error}") from None
-    taken = 200 <= response.status_code < 300
-    if taken and not whole:
-        return response
-    with contextlib.suppress(ValueError, RecursionError):
-        told = response.json()
-    if taken and told and isinstance(told, dict):
-        return told
-    raise trouble_of(server, response.status_code, told)
+def output_style() -> str:
+    """How to print: json, plain or table."""
+    return setting("output")[0] or ("table" if sys.stdout.isatty() else "json")
 
 
-def target() -> tuple[str, str]:
-    """Server and token of the current command line: options, then the environment, then the defaults."""
-    given = click.get_current_context().meta
-    server, token = (
-        given.get(f"monitor.{name}") or os.environ.get(name) or default
-        for name, default, _ in CLIENT_SETTINGS
+def coloured() -> bool:
+    """Whether to print in colour: an option or the user's file goes before the variables."""
+    wanted = setting("color")[0]
+    forced = os.environ.get("CLICOLOR_FORCE", "0") not in ("", "0")
+    dull = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
+    return wanted == "always" or (wanted == "auto" and (forced or not dull))
+
+
+@functools.cache
+def views() -> list[dict[str, Any]]:
+    """How objects are shown, by what they have: templates/views.json."""
+    return json.loads(asset("templates", "views.json"))
+
+
+def view_of(row: dict[str, Any]) -> dict[str, Any]:
+    """The view of an object; one of its own keys, where it has none."""
+    own = {
+        "columns": [
+            [key, key] for key, value in row.items() if not isinstance(value, dict) and not listed(value)
+        ]
+    }
+    return next((view for view in views() if all(key in row for key in view["has"])), own)
+
+
+SHOWN = {  # how people read values of some kind
+    "age": age,
+    "id": lambda text: text[:8],
+    "number": "#{}".format,
+    "who": lambda text: text.partition(":")[0],
+}
+
+
+def cell(row: dict[str, Any], paths: str, kind: str = "") -> str:
+    """The first value that an object has at one of some paths (`attention.state status`), as text in a line;
+    of a kind of SHOWN, as people read that."""
+    for path in paths.split():
+        value: Any = row
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value not in (None, "", []):
+            break
+    if isinstance(value, list):
+        value = ", ".join(
+            " ".join(map(str, each.values() if isinstance(each, dict) else [each])) for each in value
+        )
+    text = value if isinstance(value, str) else "" if value is None else dump(value)
+    with contextlib.suppress(ValueError):  # a time that is none
+        text = SHOWN.get(kind, str)(text) if text else ""
+    return plain(" ".join(text.split()))
+
+
+def columns_of(text: str) -> int:
+    """How many columns of a terminal a text takes."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import category, east_asian_width
+
+    widths = (
+        0 if category(each) in ("Mn", "Me", "Cf") else 1 + (east_asian_width(each) in "WF") for each in text
     )
-    if not re.fullmatch(r"https?://[^\s/]\S*", server):
-        raise click.UsageError(f"{server!r} is no server's address; one looks like http://127.0.0.1:3000")
-    return server.removesuffix("/"), token
+    return sum(widths)
 
 
-def current_task(given: str | None = None) -> str | None:
-    """The task that a command is about: the one that is named, else MONITOR_TASK_ID, else that of the agent's
-    run that we are in, as claude:SESSION; None: there is none."""
-    runs = (f"{agent}:{os.environ[name]}" for agent, name in RUN_VARIABLES.items() if os.environ.get(name))
-    return given or os.environ.get("MONITOR_TASK_ID") or next(runs, None)
+def terminal_columns() -> int:
+    """How wide the terminal is; 80 where there is none."""
+    from shutil import get_terminal_size
+
+    return get_terminal_size().columns
+
+
+def painted(text: str, width: int = 0) -> str:
+    """A text in the colour that its word has; in so many columns, cut with an ellipsis or padded."""
+    shown = text
+    while width and columns_of(shown) > width:
+        shown = shown.rstrip("…")[:-1] + "…"
+    padding = " " * (width - columns_of(shown))
+    return (click.style(shown, fg=COLOURS[text]) if text in COLOURS else shown) + padding
+
+
+def table_lines(rows: list[dict[str, Any]], head: bool = True) -> list[str]:
+    """Objects as a table as wide as the terminal: the widest columns give way, empty ones are left out."""
+    columns = view_of(rows[0])["columns"]
+    made = [[name.upper(), *(cell(row, *how) for row in rows)] for name, *how in columns if how[-1] != "-"]
+    made = [column if head else column[1:] for column in made if any(column[1:])]
+    widths, room = [max(map(columns_of, column)) for column in made], terminal_columns()
+    while sum(widths) + 2 * len(widths) - 2 > room and max(widths) > LEAST_COLUMN:
+        widths[widths.index(max(widths))] -= 1
+    texts = [[painted(text, width) for text in column] for column, width in zip(made, widths, strict=True)]
+    return ["  ".join(line).rstrip() for line in zip(*texts, strict=True)]
+
+
+def listed(value: Any) -> list[dict[str, Any]]:
+    """The objects in a list; none in what is no list of objects."""
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def block_lines(told: dict[str, Any]) -> list[str]:
+    """An object as a block: a fact a line, then tables of what it has lists of."""
+    view = view_of(told)
+    if "facts" not in view and "has" in view:
+        return table_lines([told], head=False)
+    facts = [(name, cell(told, *how)) for name, *how in view.get("facts", view["columns"])]
+    wide = max(map(len, dict(facts)), default=0)
+    lines = [f"{name:{wide}}  {painted(text)}" for name, text in facts if text]
+    for key in view.get("tables", told):
+        rows = [{name: each[name] for name in each if name != "task_id"} for each in listed(told.get(key))]
+        lines += ["", *table_lines(rows)] if rows else []
+    return lines
+
+
+def task_numbers(ids: set[str]) -> dict[str, str]:
+    """The numbers of tasks, as #12, by their ids."""
+    every = ["?include_hidden=1&include_archived=1"]
+    with contextlib.suppress(Problem):
+        paths = [f"/{id}" for id in ids] if len(ids) < 10 else every
+        answers = [ask(*target(), "GET", f"/api/tasks{path}") for path in paths]
+        tasks = [task for told in answers for task in told.get("items", [told])]
+        return {task["id"]: f"#{task['number']}" for task in tasks}
+    return {}
+
+
+def numbered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Objects with the number of the task that they are of."""
+    numbers = task_numbers({row["task_id"] for row in rows if "task_id" in row})
+    return [row | {"task": numbers.get(row.get("task_id"), "")} for row in rows]
+
+
+def record(row: dict[str, Any]) -> str:
+    """An object as one line of a few values, tab separated."""
+    return "\t".join(cell(row, path) for _, path, *_ in view_of(row)["columns"])
+
+
+def answer_lines(told: dict[str, Any], style: str) -> list[str]:
+    """An answer as lines, in a style that is not JSON."""
+    rows = listed(told.get("items"))
+    if style == "plain":
+        pairs = [f"{key}\t{cell(told, key)}" for key in told]
+        return [record(row) for row in rows] or ([record(told)] if "has" in view_of(told) else pairs)
+    if "items" in told:
+        return table_lines(numbered(rows)) if rows else ["nothing found"]
+    return block_lines(numbered([told])[0])
 
 
 def show(told: dict[str, Any]) -> None:
-    """Print an answer as indented JSON."""
-    if not quiet():
-        click.echo(json.dumps(told, indent=2))
+    """Print an answer: as indented JSON, or in the style that is wanted."""
+    if quiet():
+        return
+    style = output_style()
+    if style == "json":
+        return click.echo(json.dumps(told, indent=2))
+    print_lines(answer_lines(told, style))
+
+
+def print_lines(lines: list[str]) -> None:
+    """Print lines for people; what their terminal cannot show is replaced."""
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="replace")
+    for line in lines if not quiet() else []:
+        click.echo(line, color=coloured())
+
+
+def stored(told: dict[str, Any]) -> None:
+    """Show what was stored, and keep its task for @last."""
+    keep_last(told)
+    show(told)
+
+
+def filled(given: dict[str, Any]) -> dict[str, Any]:
+    """What was given, without what was not."""
+    return {name: value for name, value in given.items() if value not in (None, ())}
 
 
 @contextlib.contextmanager
@@ -4203,16 +4625,229 @@ def api_command(words: str, request: str, names: str, fields: Fields, text: str)
 
     def call(database: str | None = None, **given: Any) -> None:
         named = {name: quoted(str(given.pop(name))) for name in re.findall(r"\{(\w+)", path)}
-        given = {name: value for name, value in given.items() if value is not None}
         with server_for(database, at_rest) as server:
-            told = server(method, path.format(**named), given, LONG_SECONDS if at_rest else 30)
-        odd = [name for name, kind in shape.items() if not isinstance(told.get(name), kind)]
-        if odd:
-            raise invalid(f"the server's answer has no {odd[0]} as it should; is it a Monitor server?")
-        show(told)
+            told = server(method, path.format(**named), filled(given), LONG_SECONDS if at_rest else 30)
+        (show if method == "GET" else stored)(expect(told, **shape))
 
     call.__doc__ = text
     command(words, names, fields)(call)
+
+
+# ======================================================================================================
+# reading: commands that tell how things stand, wait for something and follow the log
+# ======================================================================================================
+
+PATIENCE = 30  # seconds that one request waits for something; a stream gives a sign of life every 15
+NEEDS = ("blocked", "failed", "stuck", "idle")  # the most urgent first
+PASSING = ("unreachable", "unavailable")  # what ends by itself: a server that starts anew
+FIRST_TRY, LAST_TRY = 0.5, 10.0  # seconds between two tries to reach a server that was there
+AFTER = FIELDS["after_seq"]
+
+
+def needs(task: dict[str, Any]) -> str:
+    """What a task needs somebody for; "" for nothing."""
+    return task.get("attention", {}).get("state", "")
+
+
+@command("status", "short")
+def status(short: bool) -> None:
+    """Who needs you, and what goes on. `--short` is a line for a prompt or tmux: empty when nothing goes on,
+    silent (status 5) when no server answers."""
+    try:
+        seconds = 2 if short else PATIENCE
+        asking = items_of("/api/tasks", {"attention": ",".join(NEEDS)}, seconds)
+        active = [task for task in items_of("/api/tasks", {"status": "active"}, seconds) if not needs(task)]
+    except Problem as problem:
+        if short:
+            click.get_current_context().exit(EXIT_CODES.get(problem.code, 1))
+        raise
+    asking.sort(key=lambda task: (NEEDS.index(needs(task)), task["attention"]["since"]))
+    if not short:
+        return show({"items": asking + active, "total": len(asking + active)})
+    counts = Counter({"blocked": "waiting", "idle": "idle"}.get(needs(task), needs(task)) for task in asking)
+    counts["active"] = len(active)
+    said = [f"{count} {word}" for word, count in counts.items() if count]
+    return print_lines([" · ".join(said)] if said else [])
+
+
+@command("task show", "any_task", fields("limit"))
+def show_thread(task: str | None, limit: int | None) -> None:
+    """Show TASK (the current one, if you name none) and its newest updates."""
+    if (named := current_task(task)) is None:
+        raise click.UsageError("name the TASK, or set MONITOR_TASK_ID")
+    found = expect(ask(*target(), "GET", f"/api/tasks/{quoted(named)}"), id=str)
+    wanted = {"task_id": found["id"], "order": "desc", "limit": limit or 10, "total": "false"}
+    show(found | {"updates": items_of("/api/updates", wanted)})
+
+
+@command("log", "said", fields("task_id level kind tags data"))
+def log(message: str | None, task_id: str | None, **given: Any) -> None:
+    """Say MESSAGE, or with `-` what comes from standard input, on the current task: that of --task,
+    MONITOR_TASK_ID, the agent's run that you are, or the project's .monitor.toml."""
+    if (task := current_task(task_id)) is None:
+        raise click.UsageError(
+            f"which task? give --task ID, or set MONITOR_TASK_ID, or task in {PROJECT_FILE}"
+        )
+    if message is None and sys.stdin.isatty():
+        raise click.UsageError("say something: monitor log MESSAGE")
+    if message in (None, "-"):
+        message = sys.stdin.buffer.read(MAX_BODY).decode("utf-8", "replace").rstrip("\n")
+    body = filled(given) | {"task_id": task, "message": message}
+    stored(expect(ask(*target(), "POST", "/api/updates/manual", body), id=str))
+
+
+@command("search", "words", fields("task_id workstream_id source kind level tag since limit"))
+def search(words: tuple[str, ...], **given: Any) -> None:
+    """Find the updates that hold all words of TEXT, the newest first."""
+    show(expect(ask(*target(), "GET", "/api/updates", filled(given) | {"q": " ".join(words)}), items=list))
+
+
+@command("open", "any_task")
+def open_page(task: str | None) -> None:
+    """Open the page of TASK, or the dashboard, in a browser; without one, print its address."""
+    import webbrowser
+
+    server, token = target()
+    path = f"/tasks/{ask(server, token, 'GET', f'/api/tasks/{quoted(task)}')['id']}" if task else "/dashboard"
+    if not webbrowser.open(server + path):
+        print_lines([server + path])
+
+
+@command("wait", "task", fields("wait_for!") | {"timeout": AFTER._replace(text="Seconds to wait at most.")})
+def wait(task: str, wait_for: str, timeout: int | None) -> None:
+    """Wait until TASK has one of some states: done, cancelled, active or blocked, or it asks for attention as
+    blocked, failed, stuck or idle. Exit status 8: not in time. It waits on while the server starts anew."""
+    end = time.monotonic() + (math.inf if timeout is None else timeout)
+    found, delay = {"id": task}, FIRST_TRY
+    while True:
+        left = max(0, min(PATIENCE, end - time.monotonic()))
+        asked = {"wait_for": wait_for, "timeout": math.ceil(left)}
+        try:
+            path = f"/api/tasks/{quoted(found['id'])}"
+            found, delay = expect(ask(*target(), "GET", path, asked, left + 10), id=str), FIRST_TRY
+            if {found["status"], needs(found)} & set(split_list(wait_for)):
+                return show(found)
+        except Problem as problem:
+            if problem.code not in PASSING or "status" not in found:
+                raise
+            delay = min(2 * delay, LAST_TRY)
+        if time.monotonic() >= end:
+            state = needs(found) or found["status"]
+            raise Problem("pending", f"#{found['number']} is {state}, and not {wait_for} yet")
+        time.sleep(max(0, min(delay, end - time.monotonic())))
+
+
+def notice(text: str) -> None:
+    """Tell something beside the output."""
+    if not quiet():
+        click.echo(f"monitor: {plain(text)}", err=True)
+
+
+def parse_event(line: bytes, server: str) -> dict[str, Any]:
+    """An event of the stream; Problem for what is none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        event = json.loads(line)
+        if isinstance(event, dict) and isinstance(event.get("data"), dict) and "event" in event:
+            return event
+    raise trouble_of(server, 200)
+
+
+def events_after(cursor: int | None, filters: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The events of the log after a cursor (None: from now on). A lost connection is made again, and they go
+    on where they were."""
+    import http.client
+
+    (server, token), stream, delay, lost = target(), None, FIRST_TRY, False
+    while True:
+        asked = filters | filled({"format": "ndjson", "after_seq": cursor, "stream": stream})
+        try:
+            with ask(server, token, "GET", "/api/stream", asked, PATIENCE, whole=False) as response:
+                for line in response:
+                    if not line.endswith(b"\n"):
+                        break  # the connection was cut within it
+                    if not line.strip():
+                        continue  # a sign of life
+                    event = parse_event(line, server)
+                    if event["event"] == "hello":
+                        stream, delay = event["data"]["stream"], FIRST_TRY
+                        cursor = event["data"]["seq"] if cursor is None else cursor
+                        lost = lost and notice(f"connected to {server} again")
+                    if event["event"] == "reset":
+                        notice(f"the log does not go on from {cursor} ({event['data']['reason']})")
+                    cursor = event.get("id", cursor)
+                    yield event
+        except Problem as problem:
+            if stream is None or problem.code not in PASSING:
+                raise
+        except (OSError, http.client.HTTPException):
+            pass
+        lost = lost or notice(f"lost {server}; trying again") is None
+        time.sleep(delay * random.uniform(0.5, 1))
+        delay = min(2 * delay, LAST_TRY)
+
+
+def event_line(event: dict[str, Any], numbers: dict[str, str]) -> str:
+    """An event as a line for people: when, which task, how it stands, who says what."""
+    row, task = event["data"], event["data"].get("task_id", "")
+    if task and task not in numbers:
+        numbers |= {task: task[:8]} | task_numbers({task})
+    when = cell(row, "timestamp updated_at")
+    with contextlib.suppress(ValueError, OverflowError):
+        when = datetime.datetime.fromisoformat(when).astimezone().strftime("%H:%M:%S")
+    number, state = (
+        numbers.get(task) or cell(row, "number", "number"),
+        cell(row, "level attention.state status"),
+    )
+    who = cell(row, "source").partition(":")[0] or event["event"]
+    said = cell(row, "message attention.message name reason seq")
+    parts = ((when, 8), (number, 4), ("" if state == "info" else state, 7), (who, 8))
+    head = "  ".join(painted(text, max(width, columns_of(text))) for text, width in parts)
+    room = terminal_columns() - sum(max(width, columns_of(text)) + 2 for text, width in parts)
+    return f"{head}  {painted(said, max(room, LEAST_COLUMN))}".rstrip()
+
+
+TAIL = {"after": AFTER, "tail": FIELDS["limit"]._replace(text="First so many of the newest.")}
+
+
+@command("watch", "events", STREAM_FILTER | TAIL)
+def watch(events: bool, after: int | None, tail: int | None, **given: Any) -> None:
+    """Follow what is said, until Ctrl-C. A restart of the server loses nothing. Piped, each update is a line
+    of JSON, or with --events each event of the log."""
+    if tail and after is not None:
+        raise click.UsageError("give one of --tail and --after")
+    filters, style, numbers = filled(given), output_style(), {}
+    newest = {"order": "desc", "limit": tail, "total": "false"}
+    updates = items_of("/api/updates", filters | newest) if tail else []
+    after = (updates[0]["seq"] if updates else 0) if tail else after
+    old = ({"event": "update", "id": update["seq"], "data": update} for update in reversed(updates))
+    for event in itertools.chain(old, events_after(after, filters)):
+        if not events and event["event"] != "update":
+            continue
+        if style == "json":
+            print_lines([dump(event if events else event["data"])])
+        else:
+            print_lines([record(event["data"]) if style == "plain" else event_line(event, numbers)])
+
+
+@command("config")
+def show_config() -> None:
+    """Show the settings of the client, and where each comes from: an option, the environment, the project's
+    .monitor.toml or your own file."""
+    (server, sent), (token, place) = target(), read_token()
+    hidden = "********" if sent else "******** (not sent to this server)" if token else None
+    found = {key: setting(key)[::2] for key in ("server", "task", "workstream", "output", "color")}
+    found |= {"server": (server, found["server"][1]), "token": (hidden, place)}
+    rows = [{"name": key, "value": value, "from": place} for key, (value, place) in found.items()]
+    show({"items": rows, "total": len(rows)})
+
+
+@command("completion", "shell")
+def completion(shell: str) -> None:
+    """Print what makes SHELL complete commands, options, tasks and workstreams. Put it into the shell's start
+    file."""
+    from click.shell_completion import get_completion_class
+
+    click.echo(get_completion_class(shell)(cli, {}, "monitor", "_MONITOR_COMPLETE").source())
 
 
 # ======================================================================================================
@@ -4227,7 +4862,7 @@ for definition in (  # words, request, arguments, fields of its body or query, h
     ("workstream update", "PATCH /api/workstreams/{id}", "id", WORKSTREAM_CHANGES, "Change a workstream."),
     ("task create", "POST /api/tasks", "", NEW_TASK, "Make a task."),
     ("task list", "GET /api/tasks", "", TASK_QUERY, "List tasks, oldest first."),
-    ("task update", "PATCH /api/tasks/{id}", "id", TASK_CHANGES, "Change a task."),
+    ("task update", "PATCH /api/tasks/{task}", "task", TASK_CHANGES, "Change a task."),
     ("update manual", "POST /api/updates/manual", "", MANUAL_UPDATE, "Add a person's update to a task."),
     ("session list", "GET /api/sessions", "", OF_TASK, "List the runs of agents, the newest first."),
     ("session move", "POST /api/sessions/move", "", SESSION_MOVE, "Give a run, by its source, to a task."),
@@ -4257,7 +4892,7 @@ def link(task: str | None, listed: bool, close_on_merge: bool | None, **given: s
     if task is None:
         raise click.UsageError("name the TASK that it is to be bound to")
     body = link_body(**given) | {"task_id": task, "close_on_merge": close_on_merge}
-    return show(ask(*target(), "POST", "/api/links", body))
+    return stored(ask(*target(), "POST", "/api/links", body))
 
 
 @command("unlink", "", LINK_KINDS | fields("repository"))
@@ -4284,8 +4919,8 @@ def backup(file: str, database: str | None) -> None:
         with server_for(database) as server, new_file(file) as copy:
             response = server("GET", "/api/admin/backup", None, LONG_SECONDS, whole=False)
             size = int(response.headers["Content-Length"])
-            with progress_bar(size, "Backup") as bar:
-                for chunk in response.iter_content(256 * 1024):
+            with response, progress_bar(size, "Backup") as bar:
+                for chunk in iter(lambda: response.read(256 * 1024), b""):
                     bar.update(copy.write(chunk))
             if copy.tell() != size:
                 raise invalid("the backup did not arrive whole")
@@ -4340,7 +4975,7 @@ def hooks_install(agent: str, project: bool, http: bool, block: bool, dry_run: b
 
     gated = "assume" in hook_agents()[agent]  # else its events need no version, and one takes 4 s to tell it
     version = agent_version(agent) if gated else None
-    wanted = wanted_hooks(agent, target()[0], version, http)
+    wanted = wanted_hooks(agent, target(project)[0], version, http)
     if block:
         return quiet() or click.echo(with_hooks(None, wanted, agent), nl=False)
     file = HookFile(agent, project)
@@ -4480,8 +5115,6 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         os._exit(1)  # nobody reads on: Python would complain at exit
-    except OSError as error:
-        message, status = f"cannot write: {error.strerror}", 1
     if not quiet():
         click.echo(f"monitor: {plain(' '.join(message.splitlines()))}", err=True)
     sys.exit(status)

@@ -112,11 +112,21 @@ def test_every_command_and_its_options_are_in_the_readme(words):
         assert [option for option in own if option not in rows[0] and option not in GLOBAL] == []
 
 
-GLOBAL = ("--server", "--token", "--quiet", "--help")
+GLOBAL = (
+    "--server",
+    "--token",
+    "--quiet",
+    "--token-file",
+    "--color",
+    "--json",
+    "--plain",
+    "--table",
+    "--help",
+)
 
 
 def test_the_global_options_are_in_the_readme():
-    assert [option for option in (*GLOBAL[:3], "--silent") if f"`{option}`" not in README] == []
+    assert [option for option in (*GLOBAL[:-1], "--silent") if f"`{option}`" not in README] == []
 
 
 @pytest.mark.parametrize("words", OURS, ids=" ".join)

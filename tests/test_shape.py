@@ -18,7 +18,7 @@ TREE = ast.parse(SOURCE)
 
 SOURCES = ("redaction", "agents", "github")  # payload -> Draft: pure, and free of the rest of us
 STORE = ("store", "database")  # the statements, and the connections that run them
-COMMAND_LINE = ("cli", "commands")
+COMMAND_LINE = ("client", "cli", "reading", "commands")
 LOADED_LATE = {"flask", "flask_sock", "gevent", "jinja2", "requests", "simple_websocket", "urllib3"}
 LOADED_LATE |= {"werkzeug"}
 DISPLAYS = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
