@@ -3997,16 +3997,19 @@ def request(server: str, token: str, method: str, path: str, body=None, headers=
     to = urlsplit(server)
     kind = http.client.HTTPSConnection if to.scheme == "https" else http.client.HTTPConnection
     connection = kind(to.hostname, to.port, timeout=min(5, seconds))
-    headers = (headers or {}) | {"Connection": "close"}  # then the response owns the connection
+    headers = (headers or {}) | {"Connection": "close"}
     headers |= {"Authorization": f"Bearer {token}"} if token else {}
     try:
         connection.connect()
         connection.sock.settimeout(seconds)
         connection.request(method, to.path + path, body, headers)
-        return connection.getresponse()
+        response = connection.getresponse()
     except BaseException:
         connection.close()
         raise
+    if connection.sock:
+        connection.sock.close()  # in earnest when the response is closed, or read to its end
+    return response
 
 
 def post_hook(server: str, token: str, place: str, body: bytes, headers: dict[str, str]) -> int:
@@ -4306,6 +4309,13 @@ WORKSTREAM_NAME = {"metavar": "ID", "shell_complete": functools.partial(complete
 OPTION_SETTINGS = {"task_id": TASK_NAME | {"metavar": "ID"}, "workstream_id": WORKSTREAM_NAME}
 
 
+def project_workstream(context: click.Context, parameter: click.Parameter, given: str | None) -> str:
+    """The workstream that is named, else the project's."""
+    if found := given or setting("workstream")[0]:
+        return found
+    raise click.MissingParameter(ctx=context, param=parameter)
+
+
 def field_option(name: str, field: Field) -> click.Parameter:
     """The command line's option for a field of the API; a name that must be given is an argument."""
     if field.required and name == "name":
@@ -4319,9 +4329,10 @@ def field_option(name: str, field: Field) -> click.Parameter:
     settings |= {"is_flag": True, "default": None} if schema.get("type") == "boolean" else {}
     if schema.get("type") == "integer":
         settings["type"] = click.IntRange(schema["minimum"], schema.get("maximum"))
+    settings |= {"required": field.required}
     if field.required and name == "workstream_id":
-        settings["default"] = lambda: setting("workstream")[0]
-    return click.Option([option, name], help=field.text, required=field.required, **settings)
+        settings |= {"required": False, "callback": project_workstream, "show_default": PROJECT_FILE}
+    return click.Option([option, name], help=field.text, **settings)
 
 
 def setting_option(setting: Setting, note: str = "", **more: Any) -> click.Option:
@@ -4349,7 +4360,7 @@ PARAMETERS |= {"any_task": click.Argument(["task"], required=False, **TASK_NAME)
 PARAMETERS |= {"seq": click.Argument(["seq"], type=int)}
 PARAMETERS |= {"shell": click.Argument(["shell"], type=click.Choice(["bash", "zsh", "fish"]))}
 PARAMETERS |= {"said": click.Argument(["message"], required=False)}
-PARAMETERS |= {"words": click.Argument(["words"], nargs=-1, required=True, metavar="TEXT...")}
+PARAMETERS |= {"words": click.Argument(["words"], nargs=-1, required=True, metavar="WORDS")}
 GLOBAL_KINDS = {"callback": remember, "expose_value": False, "is_eager": True}  # others may ask the server
 STYLES = {
     "json": "Print JSON. [MONITOR_OUTPUT]",
@@ -4640,7 +4651,7 @@ def api_command(words: str, request: str, names: str, fields: Fields, text: str)
 PATIENCE = 30  # seconds that one request waits for something; a stream gives a sign of life every 15
 NEEDS = ("blocked", "failed", "stuck", "idle")  # the most urgent first
 PASSING = ("unreachable", "unavailable")  # what ends by itself: a server that starts anew
-FIRST_TRY, LAST_TRY = 0.5, 10.0  # seconds between two tries to reach a server that was there
+FIRST_TRY, LAST_TRY = 0.1, 10.0  # seconds between two tries to reach a server that was there
 AFTER = FIELDS["after_seq"]
 
 
@@ -4659,7 +4670,7 @@ def status(short: bool) -> None:
         active = [task for task in items_of("/api/tasks", {"status": "active"}, seconds) if not needs(task)]
     except Problem as problem:
         if short:
-            click.get_current_context().exit(EXIT_CODES.get(problem.code, 1))
+            sys.exit(EXIT_CODES.get(problem.code, 1))
         raise
     asking.sort(key=lambda task: (NEEDS.index(needs(task)), task["attention"]["since"]))
     if not short:
@@ -4698,7 +4709,7 @@ def log(message: str | None, task_id: str | None, **given: Any) -> None:
 
 @command("search", "words", fields("task_id workstream_id source kind level tag since limit"))
 def search(words: tuple[str, ...], **given: Any) -> None:
-    """Find the updates that hold all words of TEXT, the newest first."""
+    """Find the updates that hold all of some WORDS, the newest first."""
     show(expect(ask(*target(), "GET", "/api/updates", filled(given) | {"q": " ".join(words)}), items=list))
 
 
@@ -4720,7 +4731,7 @@ def wait(task: str, wait_for: str, timeout: int | None) -> None:
     end = time.monotonic() + (math.inf if timeout is None else timeout)
     found, delay = {"id": task}, FIRST_TRY
     while True:
-        left = max(0, min(PATIENCE, end - time.monotonic()))
+        left = max(0, min(PATIENCE, end - time.monotonic())) if "status" in found else 0  # first: is it there?
         asked = {"wait_for": wait_for, "timeout": math.ceil(left)}
         try:
             path = f"/api/tasks/{quoted(found['id'])}"
