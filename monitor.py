@@ -51,6 +51,7 @@ import os
 import random
 import re
 import secrets
+import shutil
 import sqlite3
 import stat
 import sys
@@ -4198,7 +4199,8 @@ def target(project: bool = True) -> tuple[str, str]:
 def current_task(given: str | None = None) -> str | None:
     """The task that a command is about: the one that is named, else MONITOR_TASK_ID, else that of the agent's
     run that we are in, as claude:SESSION, else the project's; None: there is none."""
-    return given or setting("task")[0]
+    found = given or setting("task")[0]
+    return found and task_name(found)
 
 
 def ask(server: str, token: str, method: str, path: str, given=None, seconds=30, whole=True) -> Any:
@@ -4219,12 +4221,11 @@ def ask(server: str, token: str, method: str, path: str, given=None, seconds=30,
             return response
         with response:
             raw = response.read()
-    except ConnectionError:
-        raise trouble_of(server, 0) from None
-    except (ValueError, http.client.HTTPException) as error:  # also a certificate that is not trusted
-        raise invalid(f"cannot ask {server}: {error}") from None
-    except OSError:
-        raise trouble_of(server, 0) from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        # Not trusting a certificate is an OSError and a ValueError, losing a connection also an HTTPException.
+        odd = isinstance(error, (ValueError, http.client.HTTPException))
+        lost = isinstance(error, ConnectionError) or not odd
+        raise trouble_of(server, 0) if lost else invalid(f"cannot ask {server}: {error}") from None
     with contextlib.suppress(ValueError, RecursionError):
         told = json.loads(raw)
     if taken and told and isinstance(told, dict):
@@ -4277,27 +4278,19 @@ COLOURS = {"blocked": "magenta", "failed": "red", "error": "red", "stuck": "yell
 LEAST_COLUMN = 8
 
 
-def json_value(text: str) -> Any:
-    """The value of an option that takes JSON; click says what is wrong with it."""
+def checked(read: Callable[[Any], Any], value: Any) -> Any:
+    """The value of an option as the API reads it; click says what is wrong with it."""
     try:
-        return parse_json(text.encode("utf-8", "surrogateescape"))
+        return read(value)
     except Problem as problem:
         raise click.BadParameter(problem.message.replace("the body", "it")) from None
-
-
-def word_list(field: Field, text: str) -> str:
-    """The value of an option that takes some of a few words."""
-    try:
-        return ",".join(field.check(text, "it"))
-    except Problem as problem:
-        raise click.BadParameter(problem.message) from None
 
 
 def complete(kind: str, context: click.Context, parameter: click.Parameter, begun: str) -> list[Any]:
     """What can stand for a task or workstream, for a shell's completion; nothing where no server answers."""
     from click.shell_completion import CompletionItem
 
-    with contextlib.suppress(Problem, click.ClickException), context.scope(cleanup=False):
+    with contextlib.suppress(Exception), context.scope(cleanup=False):
         rows = items_of(f"/api/{kind}s", seconds=1)
         pairs = ((str(row.get("number", row["id"])), plain(row["name"])) for row in rows)
         return [CompletionItem(id, help=name) for id, name in pairs if id.startswith(begun)]
@@ -4323,9 +4316,13 @@ def field_option(name: str, field: Field) -> click.Parameter:
     option, schema = OPTION_NAMES.get(name, "--" + name.replace("_", "-")), field.schema
     settings = {"type": click.Choice(schema["enum"])} if "enum" in schema else {}
     settings |= OPTION_SETTINGS.get(name, {})
-    settings |= {"type": json_value, "metavar": "JSON"} if not schema else {}
+    if not schema:
+        encoded = functools.partial(str.encode, errors="surrogateescape")
+        settings |= {"type": lambda text: checked(parse_json, encoded(text)), "metavar": "JSON"}
     settings |= {"type": split_list, "metavar": "A,B"} if schema.get("type") == "array" else {}
-    settings |= {"type": lambda text: word_list(field, text), "metavar": "A,B"} if "x-words" in schema else {}
+    if "x-words" in schema:
+        words = lambda text: ",".join(checked(lambda given: field.check(given, "it"), text))  # noqa: E731
+        settings |= {"type": words, "metavar": "A,B"}
     settings |= {"is_flag": True, "default": None} if schema.get("type") == "boolean" else {}
     if schema.get("type") == "integer":
         settings["type"] = click.IntRange(schema["minimum"], schema.get("maximum"))
@@ -4361,16 +4358,13 @@ PARAMETERS |= {"seq": click.Argument(["seq"], type=int)}
 PARAMETERS |= {"shell": click.Argument(["shell"], type=click.Choice(["bash", "zsh", "fish"]))}
 PARAMETERS |= {"said": click.Argument(["message"], required=False)}
 PARAMETERS |= {"words": click.Argument(["words"], nargs=-1, required=True, metavar="WORDS")}
-GLOBAL_KINDS = {"callback": remember, "expose_value": False, "is_eager": True}  # others may ask the server
-STYLES = {
-    "json": "Print JSON. [MONITOR_OUTPUT]",
-    "plain": "A record a line, with tabs.",
-    "table": "For people.",
-}
-STRONG = {"callback": remember, "expose_value": False, "is_eager": True}  # the others may ask the server
-GLOBAL_OPTIONS = [setting_option(each, **STRONG) for each in CLIENT_SETTINGS if each.name != "MONITOR_OUTPUT"]
+KEPT = {"callback": remember, "expose_value": False, "is_eager": True}  # other options may ask the server
+GLOBAL_OPTIONS = [setting_option(each, **KEPT) for each in CLIENT_SETTINGS if each.name != "MONITOR_OUTPUT"]
+STYLES = zip(
+    SETTING_WORDS["output"], ("JSON [MONITOR_OUTPUT]", "a record a line, with tabs", "tables"), strict=True
+)
 GLOBAL_OPTIONS += [
-    click.Option([f"--{style}"], is_flag=True, help=text, **STRONG) for style, text in STYLES.items()
+    click.Option([f"--{w}"], is_flag=True, help=f"Print {text}.", **KEPT) for w, text in STYLES
 ]
 GLOBAL_OPTIONS += [PARAMETERS["quiet"]]
 GROUPS = (
@@ -4381,7 +4375,7 @@ GROUPS = (
     click.Group("hooks", params=GLOBAL_OPTIONS, help="Plug coding agents in: their runs appear as tasks."),
 )
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-EXAMPLES = json.loads(asset("templates", "examples.json"))
+EXAMPLES, VIEWS = (json.loads(asset("templates", name)) for name in ("examples.json", "views.json"))
 
 
 @click.group(commands=GROUPS, params=list(GLOBAL_OPTIONS), context_settings=HELP_OPTIONS)
@@ -4440,20 +4434,11 @@ def coloured() -> bool:
     return wanted == "always" or (wanted == "auto" and (forced or not dull))
 
 
-@functools.cache
-def views() -> list[dict[str, Any]]:
-    """How objects are shown, by what they have: templates/views.json."""
-    return json.loads(asset("templates", "views.json"))
-
-
 def view_of(row: dict[str, Any]) -> dict[str, Any]:
-    """The view of an object; one of its own keys, where it has none."""
-    own = {
-        "columns": [
-            [key, key] for key, value in row.items() if not isinstance(value, dict) and not listed(value)
-        ]
-    }
-    return next((view for view in views() if all(key in row for key in view["has"])), own)
+    """How an object is shown: the first view that fits what it has, else as a list of its own keys."""
+    keys = [key for key, value in row.items() if not isinstance(value, dict) and not listed(value)]
+    own = {"columns": [[key, key] for key in keys]}
+    return next((view for view in VIEWS if all(key in row for key in view["has"])), own)
 
 
 SHOWN = {  # how people read values of some kind
@@ -4474,9 +4459,8 @@ def cell(row: dict[str, Any], paths: str, kind: str = "") -> str:
         if value not in (None, "", []):
             break
     if isinstance(value, list):
-        value = ", ".join(
-            " ".join(map(str, each.values() if isinstance(each, dict) else [each])) for each in value
-        )
+        parts = [each.values() if isinstance(each, dict) else [each] for each in value]
+        value = ", ".join(" ".join(map(str, part)) for part in parts)
     text = value if isinstance(value, str) else "" if value is None else dump(value)
     with contextlib.suppress(ValueError):  # a time that is none
         text = SHOWN.get(kind, str)(text) if text else ""
@@ -4489,23 +4473,14 @@ def columns_of(text: str) -> int:
         return len(text)
     from unicodedata import category, east_asian_width
 
-    widths = (
-        0 if category(each) in ("Mn", "Me", "Cf") else 1 + (east_asian_width(each) in "WF") for each in text
-    )
-    return sum(widths)
+    shown = [each for each in text if category(each) not in ("Mn", "Me", "Cf")]
+    return len(shown) + sum(east_asian_width(each) in "WF" for each in shown)
 
 
-def terminal_columns() -> int:
-    """How wide the terminal is; 80 where there is none."""
-    from shutil import get_terminal_size
-
-    return get_terminal_size().columns
-
-
-def painted(text: str, width: int = 0) -> str:
-    """A text in the colour that its word has; in so many columns, cut with an ellipsis or padded."""
-    shown = text
-    while width and columns_of(shown) > width:
+def painted(text: str, width: int) -> str:
+    """A text in so many columns, cut with an ellipsis or padded, in the colour that its word has."""
+    shown = text[: width + 1]
+    while columns_of(shown) > width:
         shown = shown.rstrip("…")[:-1] + "…"
     padding = " " * (width - columns_of(shown))
     return (click.style(shown, fg=COLOURS[text]) if text in COLOURS else shown) + padding
@@ -4513,10 +4488,10 @@ def painted(text: str, width: int = 0) -> str:
 
 def table_lines(rows: list[dict[str, Any]], head: bool = True) -> list[str]:
     """Objects as a table as wide as the terminal: the widest columns give way, empty ones are left out."""
-    columns = view_of(rows[0])["columns"]
-    made = [[name.upper(), *(cell(row, *how) for row in rows)] for name, *how in columns if how[-1] != "-"]
-    made = [column if head else column[1:] for column in made if any(column[1:])]
-    widths, room = [max(map(columns_of, column)) for column in made], terminal_columns()
+    columns, room = view_of(rows[0])["columns"], shutil.get_terminal_size().columns
+    made = [(name.upper(), [cell(row, *how) for row in rows]) for name, *how in columns if how[-1] != "-"]
+    made = [[name, *column] if head else column for name, column in made if any(column)]
+    widths = [max(columns_of(text[: room + 1]) for text in column) for column in made]
     while sum(widths) + 2 * len(widths) - 2 > room and max(widths) > LEAST_COLUMN:
         widths[widths.index(max(widths))] -= 1
     texts = [[painted(text, width) for text in column] for column, width in zip(made, widths, strict=True)]
@@ -4535,7 +4510,7 @@ def block_lines(told: dict[str, Any]) -> list[str]:
         return table_lines([told], head=False)
     facts = [(name, cell(told, *how)) for name, *how in view.get("facts", view["columns"])]
     wide = max(map(len, dict(facts)), default=0)
-    lines = [f"{name:{wide}}  {painted(text)}" for name, text in facts if text]
+    lines = [f"{name:{wide}}  {painted(text, columns_of(text))}" for name, text in facts if text]
     for key in view.get("tables", told):
         rows = [{name: each[name] for name in each if name != "task_id"} for each in listed(told.get(key))]
         lines += ["", *table_lines(rows)] if rows else []
@@ -4544,9 +4519,8 @@ def block_lines(told: dict[str, Any]) -> list[str]:
 
 def task_numbers(ids: set[str]) -> dict[str, str]:
     """The numbers of tasks, as #12, by their ids."""
-    every = ["?include_hidden=1&include_archived=1"]
     with contextlib.suppress(Problem):
-        paths = [f"/{id}" for id in ids] if len(ids) < 10 else every
+        paths = [f"/{id}" for id in ids] if len(ids) < 10 else ["?include_hidden=1&include_archived=1"]
         answers = [ask(*target(), "GET", f"/api/tasks{path}") for path in paths]
         tasks = [task for told in answers for task in told.get("items", [told])]
         return {task["id"]: f"#{task['number']}" for task in tasks}
@@ -4577,20 +4551,17 @@ def answer_lines(told: dict[str, Any], style: str) -> list[str]:
 
 def show(told: dict[str, Any]) -> None:
     """Print an answer: as indented JSON, or in the style that is wanted."""
-    if quiet():
-        return
     style = output_style()
-    if style == "json":
-        return click.echo(json.dumps(told, indent=2))
-    print_lines(answer_lines(told, style))
+    print_lines([json.dumps(told, indent=2)] if style == "json" else answer_lines(told, style))
 
 
-def print_lines(lines: list[str]) -> None:
-    """Print lines for people; what their terminal cannot show is replaced."""
-    with contextlib.suppress(AttributeError):
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines as they come; what the terminal cannot show is replaced."""
+    colour = coloured()
+    with contextlib.suppress(AttributeError):  # of a test's output
         sys.stdout.reconfigure(errors="replace")
-    for line in lines if not quiet() else []:
-        click.echo(line, color=coloured())
+    for line in lines if not quiet() else ():
+        click.echo(line, color=colour)
 
 
 def stored(told: dict[str, Any]) -> None:
@@ -4675,7 +4646,7 @@ def status(short: bool) -> None:
     asking.sort(key=lambda task: (NEEDS.index(needs(task)), task["attention"]["since"]))
     if not short:
         return show({"items": asking + active, "total": len(asking + active)})
-    counts = Counter({"blocked": "waiting", "idle": "idle"}.get(needs(task), needs(task)) for task in asking)
+    counts = Counter(needs(task).replace("blocked", "waiting") for task in asking)
     counts["active"] = len(active)
     said = [f"{count} {word}" for word, count in counts.items() if count]
     return print_lines([" · ".join(said)] if said else [])
@@ -4693,12 +4664,10 @@ def show_thread(task: str | None, limit: int | None) -> None:
 
 @command("log", "said", fields("task_id level kind tags data"))
 def log(message: str | None, task_id: str | None, **given: Any) -> None:
-    """Say MESSAGE, or with `-` what comes from standard input, on the current task: that of --task,
-    MONITOR_TASK_ID, the agent's run that you are, or the project's .monitor.toml."""
+    """Say MESSAGE on the current task. With `-` it comes from standard input. The task is that of --task,
+    MONITOR_TASK_ID, the agent's run that says it, or the project's .monitor.toml."""
     if (task := current_task(task_id)) is None:
-        raise click.UsageError(
-            f"which task? give --task ID, or set MONITOR_TASK_ID, or task in {PROJECT_FILE}"
-        )
+        raise click.UsageError(f"which task? give --task, or set MONITOR_TASK_ID or task in {PROJECT_FILE}")
     if message is None and sys.stdin.isatty():
         raise click.UsageError("say something: monitor log MESSAGE")
     if message in (None, "-"):
@@ -4719,23 +4688,29 @@ def open_page(task: str | None) -> None:
     import webbrowser
 
     server, token = target()
-    path = f"/tasks/{ask(server, token, 'GET', f'/api/tasks/{quoted(task)}')['id']}" if task else "/dashboard"
-    if not webbrowser.open(server + path):
-        print_lines([server + path])
+    found = ask(server, token, "GET", f"/api/tasks/{quoted(task)}") if task else None
+    page = f"{server}/tasks/{expect(found, id=str)['id']}" if found else f"{server}/dashboard"
+    if not webbrowser.open(page):
+        print_lines([page])
 
 
 @command("wait", "task", fields("wait_for!") | {"timeout": AFTER._replace(text="Seconds to wait at most.")})
 def wait(task: str, wait_for: str, timeout: int | None) -> None:
-    """Wait until TASK has one of some states: done, cancelled, active or blocked, or it asks for attention as
-    blocked, failed, stuck or idle. Exit status 8: not in time. It waits on while the server starts anew."""
+    """Wait until TASK has come so far. Its status may be active, blocked, done or cancelled, and it may ask
+    for attention as blocked, failed, stuck or idle. Exit status 8: not in time."""
     end = time.monotonic() + (math.inf if timeout is None else timeout)
     found, delay = {"id": task}, FIRST_TRY
     while True:
-        left = max(0, min(PATIENCE, end - time.monotonic())) if "status" in found else 0  # first: is it there?
+        left = (
+            max(0, min(PATIENCE, end - time.monotonic())) if "status" in found else 0
+        )  # first: is it there?
         asked = {"wait_for": wait_for, "timeout": math.ceil(left)}
         try:
             path = f"/api/tasks/{quoted(found['id'])}"
-            found, delay = expect(ask(*target(), "GET", path, asked, left + 10), id=str), FIRST_TRY
+            found, delay = (
+                expect(ask(*target(), "GET", path, asked, left + 10), id=str, status=str),
+                FIRST_TRY,
+            )
             if {found["status"], needs(found)} & set(split_list(wait_for)):
                 return show(found)
         except Problem as problem:
@@ -4744,7 +4719,7 @@ def wait(task: str, wait_for: str, timeout: int | None) -> None:
             delay = min(2 * delay, LAST_TRY)
         if time.monotonic() >= end:
             state = needs(found) or found["status"]
-            raise Problem("pending", f"#{found['number']} is {state}, and not {wait_for} yet")
+            raise Problem("pending", f"#{found.get('number')} is {state}, and not {wait_for} yet")
         time.sleep(max(0, min(delay, end - time.monotonic())))
 
 
@@ -4805,16 +4780,18 @@ def event_line(event: dict[str, Any], numbers: dict[str, str]) -> str:
     when = cell(row, "timestamp updated_at")
     with contextlib.suppress(ValueError, OverflowError):
         when = datetime.datetime.fromisoformat(when).astimezone().strftime("%H:%M:%S")
-    number, state = (
-        numbers.get(task) or cell(row, "number", "number"),
-        cell(row, "level attention.state status"),
-    )
-    who = cell(row, "source").partition(":")[0] or event["event"]
+    state, who = cell(row, "level attention.state status"), cell(row, "source", "who") or event["event"]
     said = cell(row, "message attention.message name reason seq")
-    parts = ((when, 8), (number, 4), ("" if state == "info" else state, 7), (who, 8))
-    head = "  ".join(painted(text, max(width, columns_of(text))) for text, width in parts)
-    room = terminal_columns() - sum(max(width, columns_of(text)) + 2 for text, width in parts)
-    return f"{head}  {painted(said, max(room, LEAST_COLUMN))}".rstrip()
+    cells = (
+        when,
+        numbers.get(task) or cell(row, "number", "number"),
+        state if state != "info" else "",
+        who,
+        said,
+    )
+    widths = [max(least, columns_of(text)) for text, least in zip(cells, (8, 4, 7, 8), strict=False)]
+    widths += [max(LEAST_COLUMN, shutil.get_terminal_size().columns - sum(widths) - 2 * len(widths))]
+    return "  ".join(map(painted, cells, widths)).rstrip()
 
 
 TAIL = {"after": AFTER, "tail": FIELDS["limit"]._replace(text="First so many of the newest.")}
@@ -4823,7 +4800,7 @@ TAIL = {"after": AFTER, "tail": FIELDS["limit"]._replace(text="First so many of 
 @command("watch", "events", STREAM_FILTER | TAIL)
 def watch(events: bool, after: int | None, tail: int | None, **given: Any) -> None:
     """Follow what is said, until Ctrl-C. A restart of the server loses nothing. Piped, each update is a line
-    of JSON, or with --events each event of the log."""
+    of JSON, as the API has it; with --events each event of the log."""
     if tail and after is not None:
         raise click.UsageError("give one of --tail and --after")
     filters, style, numbers = filled(given), output_style(), {}
@@ -4831,19 +4808,18 @@ def watch(events: bool, after: int | None, tail: int | None, **given: Any) -> No
     updates = items_of("/api/updates", filters | newest) if tail else []
     after = (updates[0]["seq"] if updates else 0) if tail else after
     old = ({"event": "update", "id": update["seq"], "data": update} for update in reversed(updates))
-    for event in itertools.chain(old, events_after(after, filters)):
-        if not events and event["event"] != "update":
-            continue
-        if style == "json":
-            print_lines([dump(event if events else event["data"])])
-        else:
-            print_lines([record(event["data"]) if style == "plain" else event_line(event, numbers)])
+    told = itertools.chain(old, events_after(after, filters))
+    line = {
+        "json": lambda event: dump(event if events else event["data"]),
+        "plain": lambda event: record(event["data"]),
+        "table": lambda event: event_line(event, numbers),
+    }[style]
+    print_lines(line(event) for event in told if events or event["event"] == "update")
 
 
 @command("config")
 def show_config() -> None:
-    """Show the settings of the client, and where each comes from: an option, the environment, the project's
-    .monitor.toml or your own file."""
+    """Show the settings of the client and where each comes from."""
     (server, sent), (token, place) = target(), read_token()
     hidden = "********" if sent else "******** (not sent to this server)" if token else None
     found = {key: setting(key)[::2] for key in ("server", "task", "workstream", "output", "color")}
@@ -4854,8 +4830,7 @@ def show_config() -> None:
 
 @command("completion", "shell")
 def completion(shell: str) -> None:
-    """Print what makes SHELL complete commands, options, tasks and workstreams. Put it into the shell's start
-    file."""
+    """Print what makes SHELL complete commands, options, tasks and workstreams."""
     from click.shell_completion import get_completion_class
 
     click.echo(get_completion_class(shell)(cli, {}, "monitor", "_MONITOR_COMPLETE").source())
@@ -4969,12 +4944,12 @@ def prune(database: str | None, dry_run: bool | None, **wanted: Any) -> None:
 def send_event(agent: str, event: str) -> None:
     """Send the hook payload of AGENT from standard input, as the installed one-liner does with curl: within
     two seconds, silent, exit status 0; what cannot be sent waits in the spool."""
-    if send_hook(*target(), agent, event, sys.stdin.buffer.read()) and os.fork() == 0:
+    if send_hook(*target(False), agent, event, sys.stdin.buffer.read()) and os.fork() == 0:
         try:  # in a process apart: the agent waits for us, and for what holds its pipes
             os.setsid()
             for number in range(3):
                 os.dup2(os.open(os.devnull, os.O_RDWR), number)
-            flush_spool(*target())
+            flush_spool(*target(False))
         finally:
             os._exit(0)
 
