@@ -4083,6 +4083,7 @@ VARIABLES = {name.removeprefix("MONITOR_").lower(): name for name, *_ in CLIENT_
 VARIABLES |= {"task": "MONITOR_TASK_ID"}
 SETTING_WORDS = {"output": ("json", "plain", "table"), "color": ("auto", "always", "never")}
 PROJECT_FILE, PROJECT_KEYS = ".monitor.toml", ("task", "workstream", "server")
+THIS_MACHINE = r"https?://(127\.0\.0\.1|localhost|\[::1\])(:[0-9]+)?(/.*)?"
 USER_KEYS = ("server", "servers", "token", "token_file", "output", "color")
 
 
@@ -4180,15 +4181,13 @@ def target(project: bool = True) -> tuple[str, str]:
     """Server and token of the current command line. A project's file may have come with a repository: it
     names only servers on this machine or in the user's own file. A token goes only where it belongs: that
     of the user's file to the servers there, that of the environment not to a server of a project's file."""
-    from urllib.parse import urlsplit
-
     server, _, named_by = setting("server", project=project)
     if not re.fullmatch(r"https?://[^\s/]\S*", server):
         raise click.UsageError(f"{server!r} is no server's address; one looks like http://127.0.0.1:3000")
     server, mine = server.removesuffix("/"), read_settings(user_file(), USER_KEYS)
     known = [mine.get("server", CLIENT_SETTINGS[0].default), *mine.get("servers", [])]
     ours, from_project = server in [str(each).removesuffix("/") for each in known], named_by == project_file()
-    if from_project and not ours and urlsplit(server).hostname not in LOOPBACK_NAMES:
+    if from_project and not ours and not re.fullmatch(THIS_MACHINE, server):
         hint = f"add it to servers in {user_file()}, if you trust it"
         raise click.UsageError(f"{named_by} names {server}, which is none of yours; {hint}")
     token, place = read_token(project)
@@ -4211,8 +4210,10 @@ def ask(server: str, token: str, method: str, path: str, given=None, seconds=30,
 
     if not re.fullmatch(r"[\x21-\x7e]*", token):
         raise click.UsageError("the token holds characters that cannot be sent; see MONITOR_TOKEN")
-    told, body = None, None if method == "GET" or given is None else dump(given)
-    headers = {"Content-Type": "application/json"} if body else {}
+    told, lines = None, isinstance(given, bytes)
+    body = None if method == "GET" or given is None else given if lines else dump(given)
+    kind = FORMATS["ndjson"].mimetype if lines else "application/json"
+    headers = {} if body is None else {"Content-Type": kind}
     try:
         path += f"?{urlencode(given, doseq=True)}" if given and method == "GET" else ""
         response = request(server, token, method, path, body, headers, seconds)
@@ -4222,7 +4223,7 @@ def ask(server: str, token: str, method: str, path: str, given=None, seconds=30,
         with response:
             raw = response.read()
     except (OSError, ValueError, http.client.HTTPException) as error:
-        # Not trusting a certificate is an OSError and a ValueError, losing a connection also an HTTPException.
+        # A distrusted certificate is an OSError and a ValueError, a lost connection can be both, too.
         odd = isinstance(error, (ValueError, http.client.HTTPException))
         lost = isinstance(error, ConnectionError) or not odd
         raise trouble_of(server, 0) if lost else invalid(f"cannot ask {server}: {error}") from None
@@ -4231,6 +4232,16 @@ def ask(server: str, token: str, method: str, path: str, given=None, seconds=30,
     if taken and told and isinstance(told, dict):
         return told
     raise trouble_of(server, response.status, told)
+
+
+def pieces(response: Any, size: int = 256 * 1024) -> Iterator[bytes]:
+    """What a response holds, piece by piece; OSError where it is cut off."""
+    import http.client
+
+    try:
+        yield from iter(lambda: response.read(size), b"")
+    except http.client.HTTPException:
+        raise ConnectionError("the server went away") from None
 
 
 def expect(told: dict[str, Any], **shape: type) -> dict[str, Any]:
@@ -4352,12 +4363,12 @@ PARAMETERS |= {each.name: setting_option(each, f"; {each.default or 'none'}") fo
 PARAMETERS |= {"file": click.Argument(["file"]), "id": click.Argument(["id"], **WORKSTREAM_NAME)}
 PARAMETERS |= {"agent": click.Argument(["agent"], type=click.Choice(AGENTS))}
 PARAMETERS |= {"any_agent": click.Argument(["agent"], type=click.Choice(AGENTS), required=False)}
-PARAMETERS |= {"task": click.Argument(["task"], **TASK_NAME)}
+PARAMETERS |= {"one_task": click.Argument(["task"], **TASK_NAME)}
 PARAMETERS |= {"any_task": click.Argument(["task"], required=False, **TASK_NAME)}
 PARAMETERS |= {"seq": click.Argument(["seq"], type=int)}
 PARAMETERS |= {"shell": click.Argument(["shell"], type=click.Choice(["bash", "zsh", "fish"]))}
 PARAMETERS |= {"said": click.Argument(["message"], required=False)}
-PARAMETERS |= {"words": click.Argument(["words"], nargs=-1, required=True, metavar="WORDS")}
+PARAMETERS |= {"phrase": click.Argument(["words"], nargs=-1, required=True, metavar="WORDS")}
 KEPT = {"callback": remember, "expose_value": False, "is_eager": True}  # other options may ask the server
 GLOBAL_OPTIONS = [setting_option(each, **KEPT) for each in CLIENT_SETTINGS if each.name != "MONITOR_OUTPUT"]
 STYLES = zip(
@@ -4676,7 +4687,7 @@ def log(message: str | None, task_id: str | None, **given: Any) -> None:
     stored(expect(ask(*target(), "POST", "/api/updates/manual", body), id=str))
 
 
-@command("search", "words", fields("task_id workstream_id source kind level tag since limit"))
+@command("search", "phrase", fields("task_id workstream_id source kind level tag since limit"))
 def search(words: tuple[str, ...], **given: Any) -> None:
     """Find the updates that hold all of some WORDS, the newest first."""
     show(expect(ask(*target(), "GET", "/api/updates", filled(given) | {"q": " ".join(words)}), items=list))
@@ -4694,7 +4705,9 @@ def open_page(task: str | None) -> None:
         print_lines([page])
 
 
-@command("wait", "task", fields("wait_for!") | {"timeout": AFTER._replace(text="Seconds to wait at most.")})
+@command(
+    "wait", "one_task", fields("wait_for!") | {"timeout": AFTER._replace(text="Seconds to wait at most.")}
+)
 def wait(task: str, wait_for: str, timeout: int | None) -> None:
     """Wait until TASK has come so far. Its status may be active, blocked, done or cancelled, and it may ask
     for attention as blocked, failed, stuck or idle. Exit status 8: not in time."""
@@ -4848,7 +4861,7 @@ for definition in (  # words, request, arguments, fields of its body or query, h
     ("workstream update", "PATCH /api/workstreams/{id}", "id", WORKSTREAM_CHANGES, "Change a workstream."),
     ("task create", "POST /api/tasks", "", NEW_TASK, "Make a task."),
     ("task list", "GET /api/tasks", "", TASK_QUERY, "List tasks, oldest first."),
-    ("task update", "PATCH /api/tasks/{task}", "task", TASK_CHANGES, "Change a task."),
+    ("task update", "PATCH /api/tasks/{task}", "one_task", TASK_CHANGES, "Change a task."),
     ("update manual", "POST /api/updates/manual", "", MANUAL_UPDATE, "Add a person's update to a task."),
     ("session list", "GET /api/sessions", "", OF_TASK, "List the runs of agents, the newest first."),
     ("session move", "POST /api/sessions/move", "", SESSION_MOVE, "Give a run, by its source, to a task."),
@@ -4872,7 +4885,8 @@ def link_body(repository: str | None, **given: str | None) -> dict[str, str | No
 
 @command("link", "any_task listed", LINK_KINDS | fields("repository close_on_merge"))
 def link(task: str | None, listed: bool, close_on_merge: bool | None, **given: str | None) -> None:
-    """Bind a branch, pull request, issue, repository or folder to TASK: what happens there goes to it."""
+    """Bind something to TASK. What happens on that branch, pull request, issue, repository or in that folder
+    goes to it."""
     if listed:
         return show(ask(*target(), "GET", "/api/links", {"task_id": task} if task else None))
     if task is None:
@@ -4883,7 +4897,7 @@ def link(task: str | None, listed: bool, close_on_merge: bool | None, **given: s
 
 @command("unlink", "", LINK_KINDS | fields("repository"))
 def unlink(**given: str | None) -> None:
-    """Unbind a branch, pull request, issue, repository or folder from its task."""
+    """Unbind a branch, pull request, issue ... from its task."""
     told = ask(*target(), "POST", "/api/links/remove", link_body(**given))
     if not told.get("removed"):
         raise Problem("not_found", "there is no such link; see: monitor link --list")
@@ -4898,7 +4912,7 @@ def progress_bar(length: int, label: str):
 
 @command("backup", "file database")
 def backup(file: str, database: str | None) -> None:
-    """Copy the database into a new FILE while everything goes on; FILE is a database like any other."""
+    """Copy the database into a new FILE. Everything goes on meanwhile; FILE is a database like any other."""
     if os.path.exists(file):
         raise invalid(f"{file} exists; name a new file")
     try:
@@ -4906,7 +4920,7 @@ def backup(file: str, database: str | None) -> None:
             response = server("GET", "/api/admin/backup", None, LONG_SECONDS, whole=False)
             size = int(response.headers["Content-Length"])
             with response, progress_bar(size, "Backup") as bar:
-                for chunk in iter(lambda: response.read(256 * 1024), b""):
+                for chunk in pieces(response):
                     bar.update(copy.write(chunk))
             if copy.tell() != size:
                 raise invalid("the backup did not arrive whole")
@@ -4917,7 +4931,7 @@ def backup(file: str, database: str | None) -> None:
 
 @command("check", "database")
 def check(database: str | None) -> None:
-    """Read the whole database and say what is wrong with it: integrity, numbers, orphans, search index."""
+    """Say what is wrong with the database. All of it is read: integrity, numbers, orphans, search index."""
     with server_for(database) as server, progress_bar(1, "Checking") as bar:
         problems = server("GET", "/api/admin/check", None, LONG_SECONDS).get("problems", [])
         bar.update(1)
@@ -4928,7 +4942,7 @@ def check(database: str | None) -> None:
 
 @command("prune", "database", PRUNING)
 def prune(database: str | None, dry_run: bool | None, **wanted: Any) -> None:
-    """Remove old updates, in small batches, and give their space back. Their numbers are never used again."""
+    """Remove old updates. They go in small batches, and give their space back; numbers are never used again."""
     with server_for(database) as server:
         answered = server("POST", "/api/admin/prune", wanted | {"dry_run": True})
         done = 0
@@ -4942,7 +4956,7 @@ def prune(database: str | None, dry_run: bool | None, **wanted: Any) -> None:
 
 @command("hook", "agent event")
 def send_event(agent: str, event: str) -> None:
-    """Send the hook payload of AGENT from standard input, as the installed one-liner does with curl: within
+    """Send a hook of AGENT from standard input. It does what the installed one-liner does with curl: within
     two seconds, silent, exit status 0; what cannot be sent waits in the spool."""
     if send_hook(*target(False), agent, event, sys.stdin.buffer.read()) and os.fork() == 0:
         try:  # in a process apart: the agent waits for us, and for what holds its pipes
@@ -4993,8 +5007,8 @@ def hooks_remove(agent: str, project: bool) -> None:
 
 @command("hooks check", "any_agent")
 def hooks_check(agent: str | None) -> None:
-    """Say which agents are plugged in (or AGENT), whether their hooks are up to date, and whether the server
-    answers."""
+    """Say which agents are plugged in. Are their hooks (or those of AGENT) up to date, and does the server
+    answer?"""
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor() as pool:  # some agents take seconds to tell their version
@@ -5044,7 +5058,8 @@ def announce(served: Monitor, address: str, with_gevent: bool, demo: bool = Fals
 
 @command("demo", "bind speed")
 def demo(bind: str, speed: float) -> None:
-    """Serve a recorded story from a temporary database: agents at work, CI, and one that waits for you."""
+    """Serve a recorded story. It has agents at work, CI, and one that waits for you, in a temporary
+    database."""
     config = Config.load({"MONITOR_BIND": bind, "MONITOR_DB": "sqlite::memory:"})
     config = dataclasses.replace(config, tokens=(), auth_mode="relaxed", spools=())
 
@@ -5095,7 +5110,9 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
-        message = error.format_message() + (f"; see: {context.command_path} --help" if context else "")
+        message = error.format_message().rstrip(".") + (
+            f"; see: {context.command_path} --help" if context else ""
+        )
         status = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
