@@ -4181,6 +4181,8 @@ def target(project: bool = True) -> tuple[str, str]:
     """Server and token of the current command line. A project's file may have come with a repository: it
     names only servers on this machine or in the user's own file. A token goes only where it belongs: that
     of the user's file to the servers there, that of the environment not to a server of a project's file."""
+    for key in SETTING_WORDS if project else ():
+        setting(key)  # a wrong word is told before anything is stored
     server, _, named_by = setting("server", project=project)
     if not re.fullmatch(r"https?://[^\s/]\S*", server):
         raise click.UsageError(f"{server!r} is no server's address; one looks like http://127.0.0.1:3000")
@@ -4202,6 +4204,11 @@ def current_task(given: str | None = None) -> str | None:
     return found and task_name(found)
 
 
+def filled(given: dict[str, Any]) -> dict[str, Any]:
+    """What was given, without what was not."""
+    return {name: value for name, value in given.items() if value not in (None, ())}
+
+
 def ask(server: str, token: str, method: str, path: str, given=None, seconds=30, whole=True) -> Any:
     """Make a request of the API; returns the JSON object that answers it, or without `whole` the response.
     Problem for any other answer."""
@@ -4215,7 +4222,7 @@ def ask(server: str, token: str, method: str, path: str, given=None, seconds=30,
     kind = FORMATS["ndjson"].mimetype if lines else "application/json"
     headers = {} if body is None else {"Content-Type": kind}
     try:
-        path += f"?{urlencode(given, doseq=True)}" if given and method == "GET" else ""
+        path += f"?{urlencode(filled(given), doseq=True)}" if given and method == "GET" else ""
         response = request(server, token, method, path, body, headers, seconds)
         taken = 200 <= response.status < 300
         if taken and not whole:
@@ -4287,12 +4294,13 @@ OPTION_NAMES = {"hidden": "--hidden/--no-hidden", "summary_text": "--summary", "
 OPTION_NAMES |= {"workstream_id": "--workstream", "wait_for": "--for"}
 COLOURS = {"blocked": "magenta", "failed": "red", "error": "red", "stuck": "yellow", "warn": "yellow"}
 LEAST_COLUMN = 8
+STYLES = (("json", "Print JSON. [MONITOR_OUTPUT]"), ("plain", "A record a line."), ("table", "For people."))
 
 
-def checked(read: Callable[[Any], Any], value: Any) -> Any:
+def checked(read: Callable, *given: Any) -> Any:
     """The value of an option as the API reads it; click says what is wrong with it."""
     try:
-        return read(value)
+        return read(*given)
     except Problem as problem:
         raise click.BadParameter(problem.message.replace("the body", "it")) from None
 
@@ -4328,12 +4336,10 @@ def field_option(name: str, field: Field) -> click.Parameter:
     settings = {"type": click.Choice(schema["enum"])} if "enum" in schema else {}
     settings |= OPTION_SETTINGS.get(name, {})
     if not schema:
-        encoded = functools.partial(str.encode, errors="surrogateescape")
-        settings |= {"type": lambda text: checked(parse_json, encoded(text)), "metavar": "JSON"}
+        settings |= {"type": lambda text: checked(parse_json, os.fsencode(text)), "metavar": "JSON"}
     settings |= {"type": split_list, "metavar": "A,B"} if schema.get("type") == "array" else {}
     if "x-words" in schema:
-        words = lambda text: ",".join(checked(lambda given: field.check(given, "it"), text))  # noqa: E731
-        settings |= {"type": words, "metavar": "A,B"}
+        settings |= {"type": lambda text: ",".join(checked(field.check, text, "it")), "metavar": "A,B"}
     settings |= {"is_flag": True, "default": None} if schema.get("type") == "boolean" else {}
     if schema.get("type") == "integer":
         settings["type"] = click.IntRange(schema["minimum"], schema.get("maximum"))
@@ -4371,12 +4377,7 @@ PARAMETERS |= {"said": click.Argument(["message"], required=False)}
 PARAMETERS |= {"phrase": click.Argument(["words"], nargs=-1, required=True, metavar="WORDS")}
 KEPT = {"callback": remember, "expose_value": False, "is_eager": True}  # other options may ask the server
 GLOBAL_OPTIONS = [setting_option(each, **KEPT) for each in CLIENT_SETTINGS if each.name != "MONITOR_OUTPUT"]
-STYLES = zip(
-    SETTING_WORDS["output"], ("JSON [MONITOR_OUTPUT]", "a record a line, with tabs", "tables"), strict=True
-)
-GLOBAL_OPTIONS += [
-    click.Option([f"--{w}"], is_flag=True, help=f"Print {text}.", **KEPT) for w, text in STYLES
-]
+GLOBAL_OPTIONS += [click.Option([f"--{style}"], is_flag=True, help=text, **KEPT) for style, text in STYLES]
 GLOBAL_OPTIONS += [PARAMETERS["quiet"]]
 GROUPS = (
     click.Group("workstream", params=GLOBAL_OPTIONS, help="Make, list and change workstreams."),
@@ -4581,11 +4582,6 @@ def stored(told: dict[str, Any]) -> None:
     show(told)
 
 
-def filled(given: dict[str, Any]) -> dict[str, Any]:
-    """What was given, without what was not."""
-    return {name: value for name, value in given.items() if value not in (None, ())}
-
-
 @contextlib.contextmanager
 def server_for(database: str | None, at_rest: bool = True) -> Iterator[Callable]:
     """What asks the server at --server or, where none answers or a file is named, a database at rest: this
@@ -4689,13 +4685,13 @@ def log(message: str | None, task_id: str | None, **given: Any) -> None:
 
 @command("search", "phrase", fields("task_id workstream_id source kind level tag since limit"))
 def search(words: tuple[str, ...], **given: Any) -> None:
-    """Find the updates that hold all of some WORDS, the newest first."""
+    """Find updates that hold some WORDS, the newest first."""
     show(expect(ask(*target(), "GET", "/api/updates", filled(given) | {"q": " ".join(words)}), items=list))
 
 
 @command("open", "any_task")
 def open_page(task: str | None) -> None:
-    """Open the page of TASK, or the dashboard, in a browser; without one, print its address."""
+    """Open a page in a browser: that of TASK, or the dashboard. Without a browser its address is printed."""
     import webbrowser
 
     server, token = target()
@@ -4843,7 +4839,7 @@ def show_config() -> None:
 
 @command("completion", "shell")
 def completion(shell: str) -> None:
-    """Print what makes SHELL complete commands, options, tasks and workstreams."""
+    """Print what completes commands and tasks in SHELL."""
     from click.shell_completion import get_completion_class
 
     click.echo(get_completion_class(shell)(cli, {}, "monitor", "_MONITOR_COMPLETE").source())
@@ -4942,7 +4938,7 @@ def check(database: str | None) -> None:
 
 @command("prune", "database", PRUNING)
 def prune(database: str | None, dry_run: bool | None, **wanted: Any) -> None:
-    """Remove old updates. They go in small batches, and give their space back; numbers are never used again."""
+    """Remove old updates. They go in small batches and give their space back; no number comes again."""
     with server_for(database) as server:
         answered = server("POST", "/api/admin/prune", wanted | {"dry_run": True})
         done = 0

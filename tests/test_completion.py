@@ -9,10 +9,8 @@ import subprocess
 
 import click
 import pytest
-from conftest import ROOT, clean_environment
+from conftest import clean_environment
 from test_cli import COMMANDS, PROGRAM, run
-
-import monitor
 
 LEAVES = {words: made for words, made in COMMANDS.items() if not isinstance(made, click.Group)}
 EXAMPLES = {" ".join(words): made for words, made in LEAVES.items() if words != ("routes",)}
@@ -84,7 +82,7 @@ def test_every_command_has_an_example_that_can_be_typed(words):
     shown = subprocess_help(words)
     example = shown.partition("Example:\n")[2].strip()
     assert example and "\n" not in example
-    typed = re.search(rf"\bmonitor ({re.escape(words)}.*?)(?= &&| <|$|\)\")", example)[1]
+    typed = re.search(rf"\bmonitor ({re.escape(words)}\b.*?)(?= &&| <|$|\)\")", example)[1]
     arguments = shlex.split(typed)[len(words.split()) :]
     if "@last" not in arguments:
         EXAMPLES[words].make_context(words, arguments)
@@ -94,12 +92,3 @@ def subprocess_help(words: str) -> str:
     """The help of a command."""
     made = EXAMPLES[words]
     return made.get_help(click.Context(made, info_name=f"monitor {words}", terminal_width=80))
-
-
-def test_an_example_is_of_a_command():
-    known = set(EXAMPLES)
-    assert set(monitor.EXAMPLES) <= known
-
-
-def test_no_file_is_written_by_completion():
-    assert not (ROOT / "owned").exists()

@@ -133,6 +133,15 @@ def test_a_file_that_makes_no_sense_is_told_in_a_line(place, name):
     assert "s3cret" not in ran.error
 
 
+@pytest.mark.parametrize("settings", [{"MONITOR_OUTPUT": "xml"}, {"MONITOR_COLOR": "mauve"}], ids=str)
+def test_a_wrong_setting_is_told_before_anything_is_stored(place, server, settings):
+    task = server.new_task()
+    assert_one_line(
+        place.run("log", "x", "--task", task["id"], MONITOR_SERVER=server.url, **settings), 2, " or "
+    )
+    assert server.get("/api/updates", task_id=task["id"])["total"] == 0
+
+
 def test_a_file_of_another_user_is_not_followed(place, monkeypatch):
     place.project("task = 12")
     monkeypatch.setattr(os, "geteuid", lambda: os.stat(place.folder).st_uid + 1)
