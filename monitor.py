@@ -4021,8 +4021,8 @@ def post_hook(server: str, token: str, place: str, body: bytes, headers: dict[st
 
     def ask() -> None:
         with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
-            place_ = f"/api/hooks/{place}"
-            with request(server, token, "POST", place_, body, headers, HOOK_SECONDS) as response:
+            path = f"/api/hooks/{place}"
+            with request(server, token, "POST", path, body, headers, HOOK_SECONDS) as response:
                 answered[0] = response.status
 
     thread = threading.Thread(target=ask, daemon=True)

@@ -144,7 +144,7 @@ def test_a_task_is_shown_as_a_block(shown, told):
     there = shown("task", "show", f"#{told['plain']['number']}", columns=100).out
     facts = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in there.partition("\n\n")[0].splitlines())
     assert facts["task"] == f"#{told['plain']['number']}" and facts["name"] == "Refunds fail"
-    assert facts["id"] == told["plain"]["id"] and re.fullmatch(r"\d+ s", facts["changed"])
+    assert facts["id"] == told["plain"]["id"] and re.fullmatch(r"\d+ [sm]", facts["changed"])
     assert "one two three" in there and "warn" in there
 
 
