@@ -4464,8 +4464,9 @@ SHOWN = {  # how people read values of some kind
 def cell(row: dict[str, Any], paths: str, kind: str = "") -> str:
     """The first value that an object has at one of some paths (`attention.state status`), as text in a line;
     of a kind of SHOWN, as people read that."""
+    value: Any = None
     for path in paths.split():
-        value: Any = row
+        value = row
         for key in path.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         if value not in (None, "", []):
