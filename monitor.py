@@ -22,7 +22,9 @@ The file, top to bottom (each section has a banner of its own):
     stream       the ring of newest frames, the wake-up, follow(): a subscriber is a cursor into the log
     monitor      the operations: everything that API, pages and commands do
     guard        who may ask: Host, Origin, bearer token
-    web          API routes, stream, pages, create_app()
+    web          the API's handlers, stream, pages
+    mcp          for agents: the Model Context Protocol and its tools, what to know at the start
+    app          all routes, errors, what every answer has, create_app()
     server       the WSGI server with limits and time-outs, gevent first, threads without it
     hooks        agents plugged in: their settings, the hook that they run, the spool while no server answers
     client       settings of the client and where they come from; asking the server
@@ -1049,6 +1051,17 @@ class Hook(NamedTuple):
     time: str | None = None  # when it happened, where that is not now
 
 
+class Heard(NamedTuple):
+    """A hook with what is known of it before its transaction; `moment`: when it happened."""
+
+    hook: Hook
+    facts: dict[str, str]
+    draft: Draft
+    place: Place | None  # None: as the run has it
+    digest: bytes
+    moment: str
+
+
 class Place(NamedTuple):
     """Where a run works: folder of its repository (of the main worktree), branch, owner/name of origin."""
 
@@ -1116,11 +1129,12 @@ def kept_data(payload: Any) -> Any:
     return {"cut": f"the payload has {size:,} characters even without its long texts"}
 
 
-def settled(session: Any, event: str, draft: Draft, facts: dict[str, str], moment: str) -> str | None:
+def settled(session: Any, heard: Heard) -> str | None:
     """The state of a run after an event; None: it stays as it was. An Esc sends nothing, and what a subagent
     does is no answer: a run that waits does so until its main thread says something."""
-    before, state = session["state"], draft.state
-    if late_for(session, moment):
+    before, state, facts = session["state"], heard.draft.state, heard.facts
+    event = facts["event"]
+    if late_for(session, heard.moment):
         return None
     if before in ("ended", "replaced"):
         return {"SessionStart": "new", "UserPromptSubmit": "working"}.get(event)
@@ -2003,7 +2017,9 @@ def connect(path: str, mode: str) -> sqlite3.Connection:
     """A connection in autocommit mode: transactions are begun by hand. Only the writer's mode is not "ro":
     SQLite before 3.51.3 can corrupt a database in which two write or checkpoint at the same moment."""
     location = "file:" + path.replace("%", "%25").replace("?", "%3f").replace("#", "%23") + f"?mode={mode}"
-    db = sqlite3.connect(location, BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=True)
+    db = sqlite3.connect(
+        location, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=True
+    )
     db.row_factory = sqlite3.Row
     return db
 
@@ -2420,7 +2436,10 @@ class Monitor:
         if hook.time and isinstance(draft.data, dict):
             draft.data["occurred_at"] = hook.time
         facts["title"] = one_line(facts.get("prompt", ""), 80)
-        self.store.write(lambda t: record_hook(t, hook, facts, draft, place, moment or timestamp()))
+        sent = json.dumps([hook.agent, hook.event, hook.payload], sort_keys=True).encode()
+        now, digest = moment or timestamp(), hashlib.sha256(sent).digest()
+        heard = Heard(hook, facts, draft, place, digest, hook.time or now)
+        self.store.write(lambda t: record_hook(t, heard, now))
 
     def take_webhook(
         self, payload: Any, headers: dict, named: str | None = None, moment: str | None = None
@@ -2540,23 +2559,22 @@ class Monitor:
         }
 
 
-def record_hook(t, hook: Hook, facts: dict[str, str], draft: Draft, place: Place | None, now: str) -> None:
+def record_hook(t: Transaction, heard: Heard, now: str) -> None:
     """Store a hook, in one transaction: the update, the run's state, what its task then shows."""
-    moment = hook.time or now
-    if seen_before(t, hook, facts, moment):
+    if seen_before(t, heard):
         return
-    run, task = find_run(t, hook, facts, draft, place, moment)
+    run, task = find_run(t, heard)
     if task is None:
         return
-    seq = None
-    if run is not None and folds(t.waiting(run), facts["event"], draft, moment):
+    seq, draft = None, heard.draft
+    if run is not None and folds(t.waiting(run), heard.facts["event"], draft, heard.moment):
         draft = draft._replace(keep=False, state=None)
     if draft.keep:
         t.insert_update(task, draft_fields(task["id"], draft), now)
         seq = t.frames[-1].seq
     if run is not None:
-        note_run(t, run, facts, draft, place, moment, seq)
-        changes = task_after(run, task, draft, facts["title"], now)
+        note_run(t, run, heard._replace(draft=draft), seq)
+        changes = task_after(run, task, draft, heard.facts["title"], now)
         if changes:
             t.change(TASK, task["number"], changes | {"updated_at": now})
         elif t.one(TASK, str(task["number"]))["attention"] != task["attention"]:
@@ -2573,15 +2591,15 @@ def task_after(run: Any, task: Any, draft: Draft, title: str, now: str) -> dict[
     return {"hidden_at": now} if draft.state == "ended" and run["state"] == "new" else {}
 
 
-def seen_before(t: Transaction, hook: Hook, facts: dict[str, str], moment: str) -> bool:
+def seen_before(t: Transaction, heard: Heard) -> bool:
     """Whether it came before: by its key, its tool call, or as the same words seconds ago. Remembers it."""
+    hook, facts, moment = heard.hook, heard.facts, heard.moment
     call = facts.get("tool_use_id")
-    sent = json.dumps([hook.agent, hook.event, hook.payload], sort_keys=True).encode()
-    digest = hashlib.sha256(sent).digest()
-    if hook.key and t.seen_key(hook.key, digest, moment) is not None:
+    if hook.key and t.seen_key(hook.key, heard.digest, moment) is not None:
         return True
     # Senders' keys are printable: this one cannot be theirs.
-    own = "\n".join(["hook", hook.agent, facts.get("session_id", ""), facts["event"], call or digest.hex()])
+    word = call or heard.digest.hex()
+    own = "\n".join(["hook", hook.agent, facts.get("session_id", ""), facts["event"], word])
     seen, run = t.seen_key(own, b"", moment), t.session(hook.agent, facts.get("session_id"))
     again = seen is not None
     if again and not call:  # the same words: unless it is long ago, or the run has said something since
@@ -2590,14 +2608,15 @@ def seen_before(t: Transaction, hook: Hook, facts: dict[str, str], moment: str) 
     if not again:
         t.keep_key(own, b"", moment, None)
     if hook.key:
-        t.keep_key(hook.key, digest, moment, None)
+        t.keep_key(hook.key, heard.digest, moment, None)
     return again
 
 
-def find_run(t, hook, facts, draft, place, moment) -> tuple[sqlite3.Row | None, sqlite3.Row | None]:
+def find_run(t: Transaction, heard: Heard) -> tuple[sqlite3.Row | None, sqlite3.Row | None]:
     """The run that a hook is from, and its task. A run is made at its first word, with the first task that
     fits: named by its environment; of the run that it continues; bound to its branch or folder; else a new
     one. Without a session's id nobody can tell it from others: then only a named task counts."""
+    hook, facts = heard.hook, heard.facts
     identity, named = facts.get("session_id"), None
     if hook.task:
         with contextlib.suppress(Problem):
@@ -2606,31 +2625,31 @@ def find_run(t, hook, facts, draft, place, moment) -> tuple[sqlite3.Row | None, 
     if run is not None and named is not None and hook.task != run["asked"]:
         t.save_session(dict(run) | {"asked": hook.task})
         t.move_session(run, named, updates=False)
-    elif run is None and identity and (named or draft.keep):
-        number = named["number"] if named else task_of_run(t, hook, facts, draft, place, moment)
+    elif run is None and identity and (named or heard.draft.keep):
+        number = named["number"] if named else task_of_run(t, heard)
         values = {"agent": hook.agent, "id": identity, "task": number, "asked": hook.task if named else None}
-        values |= {"model": facts.get("model"), "folder": facts["cwd"], **place._asdict()}
-        times = dict.fromkeys(("started_at", "seen_at", "heard_at", "since"), moment)
+        values |= {"model": facts.get("model"), "folder": facts["cwd"], **heard.place._asdict()}
+        times = dict.fromkeys(("started_at", "seen_at", "heard_at", "since"), heard.moment)
         t.save_session(values | times)
     run = t.session(hook.agent, identity)
     return run, t.one(TASK, str(run["task"])) if run else named
 
 
-def task_of_run(t: Transaction, hook: Hook, facts: dict, draft: Draft, place: Place, moment: str) -> int:
+def task_of_run(t: Transaction, heard: Heard) -> int:
     """The number of the task that a new run goes on with: after a clear or fork that of the run before it,
     else one bound to where it works, else a new one in its repository's workstream."""
-    cwd = facts["cwd"]
+    agent, facts, place, moment = heard.hook.agent, heard.facts, heard.place, heard.moment
     if facts["event"] == "SessionStart" and facts.get("source") in ("clear", "fork"):
         since, cleared = shifted(moment, -FOLLOW_SECONDS), facts["source"] == "clear"
-        before = t.run_before(hook.agent, cwd, since, cleared)
+        before = t.run_before(agent, facts["cwd"], since, cleared)
         if before is not None:
             t.save_session(dict(before) | {"state": "replaced"})
             return before["task"]
-    linked = t.linked_task(cwd, place)
+    linked = t.linked_task(facts["cwd"], place)
     if linked is not None:
         return linked["number"]
-    title = facts["title"] if draft.kind == "user_prompt" else ""
-    values = {"name": title or provisional_name(hook.agent, place.project), "created_at": moment}
+    title = facts["title"] if heard.draft.kind == "user_prompt" else ""
+    values = {"name": title or provisional_name(agent, place.project), "created_at": moment}
     workstream = t.folder_workstream(place.project, moment, place.repository)
     return t.add(TASK, values | {"workstream": workstream, "updated_at": moment})
 
@@ -2641,9 +2660,10 @@ def provisional_name(agent: str, project: str) -> str:
     return f"{AGENTS[agent]} in {name}" if name else AGENTS[agent]
 
 
-def note_run(t, run, facts, draft, place, moment, seq) -> None:
+def note_run(t: Transaction, run: sqlite3.Row, heard: Heard, seq: int | None) -> None:
     """Bring a run up to date after an event; what a subagent asks stands in a row of its own."""
-    state, subagent = settled(run, facts["event"], draft, facts, moment), facts.get("agent_id")
+    _, facts, draft, place, _, moment = heard
+    state, subagent = settled(run, heard), facts.get("agent_id")
     told = {"state": state, "message": draft.message, "since": moment, "seq": seq}
     told["tool"] = facts.get("tool_name")
     changes = {"seen_at": max(moment, run["seen_at"]), "model": facts.get("model") or run["model"]}
@@ -2872,8 +2892,16 @@ def token_needed(config: Config) -> bool:
         return False
     if config.auth_mode == "strict" and not config.tokens:
         raise misconfigured("strict mode needs tokens: set MONITOR_API_TOKENS")
-    writes = request.method not in SAFE_METHODS or request.path.startswith("/api/admin/")
+    writes = request.method not in SAFE_METHODS and request.path != "/mcp"  # there the tools that write look
+    writes = writes or request.path.startswith("/api/admin/")
     return bool(config.tokens) and (config.auth_mode == "strict" or writes)
+
+
+def authorised(config: Config) -> bool:
+    """Whether the current request brings a valid token, or a session."""
+    scheme, _, token = flask.request.headers.get("Authorization", "").partition(" ")
+    bearer = token.strip().encode("latin-1", "replace") if scheme.lower() == "bearer" else b""
+    return bool(match_token(bearer, config.tokens)) or logged_in()
 
 
 def guard():
@@ -2884,9 +2912,7 @@ def guard():
         raise Problem("forbidden", "this server does not answer to that host name; see MONITOR_ALLOWED_HOSTS")
     if foreign_site(request.environ, host, request.method in SAFE_METHODS):
         raise Problem("forbidden", "requests from another web site are refused")
-    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    bearer = token.strip().encode("latin-1", "replace") if scheme.lower() == "bearer" else b""
-    if not token_needed(config) or match_token(bearer, config.tokens) or logged_in():
+    if not token_needed(config) or authorised(config):
         return None
     if wants_page() and request.method in SAFE_METHODS:
         return flask.redirect("/login?next=" + quoted(request.full_path.rstrip("?")), 303)
@@ -2894,7 +2920,7 @@ def guard():
 
 
 # ======================================================================================================
-# web: API routes, stream, pages
+# web: the API's handlers, stream, pages
 # ======================================================================================================
 
 PAGE_HEADERS = {
@@ -2939,11 +2965,16 @@ def read_body(limit: int = MAX_BODY) -> bytes:
     return raw
 
 
-def json_body(limit: int = MAX_BODY) -> Any:
-    """The request's JSON. The media type must say so: a foreign page cannot send it without being asked."""
+def json_bytes(limit: int = MAX_BODY) -> bytes:
+    """The request's body. Its media type must be JSON: a foreign page cannot send it without being asked."""
     if not flask.request.is_json:
         raise Problem("unsupported_media_type", "the body must be JSON: Content-Type: application/json")
-    return parse_json(read_body(limit))
+    return read_body(limit)
+
+
+def json_body(limit: int = MAX_BODY) -> Any:
+    """The request's JSON."""
+    return parse_json(json_bytes(limit))
 
 
 def query(fields: Fields, blanks: bool = True) -> dict[str, Any]:
@@ -3048,7 +3079,7 @@ def webhook_draft(posted: dict[str, Any]) -> Draft:
 
 
 def named_task() -> str | None:
-    """The task that a hook or webhook names; empty values count as absent."""
+    """The task that a hook, webhook or agent names; empty values count as absent."""
     request = flask.request
     return request.args.get("task_id") or request.headers.get("X-Monitor-Task", "").strip() or None
 
@@ -3363,6 +3394,226 @@ def static_file(name: str):
     raise Problem("not_found", f"no such file: {name[:60]!r}")
 
 
+# ======================================================================================================
+# mcp: for agents: the Model Context Protocol and its tools, what to know at the start
+# ======================================================================================================
+
+ENVELOPE = "io.modelcontextprotocol/"  # what messages say of themselves since 2026, in params._meta
+ANSWER_TEXT = 6000  # characters of all messages in one answer, at 200 a message or more
+MOST_UPDATES, PRIME_UPDATES = 50, 8
+
+
+@functools.cache
+def mcp_tables() -> types.SimpleNamespace:
+    """What templates/mcp.json says, the fields of each tool, and the tools as clients get them. A model pays
+    for every word of these: bounds are told when they are broken."""
+    found, known, listed = json.loads(asset("templates", "mcp.json")), {}, []
+    for name, (text, names) in found["tools"].items():
+        known[name], shapes, must = fields(names), {}, []
+        for each, field in known[name].items():
+            shape = {key: field.schema[key] for key in ("type", "enum") if key in field.schema}
+            shapes[each] = shape | found["hints"].get(each, {})
+            must += [each] if field.required and field.kind != "reference" else []
+        schema = {"type": "object", "properties": shapes} | ({"required": must} if must else {})
+        told = {"readOnlyHint": True} if name in READING_TOOLS else {"destructiveHint": False}
+        listed.append({"name": name, "description": text, "inputSchema": schema, "annotations": told})
+    versions = [*found["handshake"], *found["stateless"]]
+    return types.SimpleNamespace(**found | {"tools": listed, "fields": known, "versions": versions})
+
+
+def mcp_reply(raw: bytes, headers: Any, call: Callable[[str, dict], str]) -> tuple[dict | None, int]:
+    """What answers a message, and the HTTP status; None: nothing does. `call` runs a tool; without headers it
+    came on a pipe. A client of 2026 says in every message which version it speaks, an older one agrees on
+    one by `initialize`; no answer depends on an earlier one."""
+    told: dict[str, Any] = {"jsonrpc": "2.0", "id": None}
+    stateless, status = False, 400
+    try:
+        message = read_message(raw)
+        told["id"] = message.get("id")
+        stateless = is_stateless(message, headers)
+        if "id" not in message:
+            return None, 202
+        status = 400 if stateless else 200  # to an older client a 404 says that its session is over
+        return told | {"result": mcp_result(message, stateless, call)}, 200
+    except Problem as problem:
+        # The codes are those of JSON-RPC here, and what a Problem says of a field is its data.
+        told["error"] = {"code": problem.code, "message": problem.message}
+        told["error"] |= {"data": problem.field} if problem.field else {}
+        return told, 404 if stateless and problem.code == -32601 else status
+
+
+def read_message(raw: bytes) -> dict[str, Any]:
+    """A request or notification of JSON-RPC; Problem for anything else."""
+    try:
+        message, kinds = json.loads(raw.decode()), {"method": str, "params": dict, "id": (str, int)}
+    except (ValueError, RecursionError) as error:
+        raise Problem(-32700, f"the message is not JSON in UTF-8: {error}") from None
+    whole = {"params": {}, "id": ""} | message if isinstance(message, dict) else {}
+    fits = all(isinstance(whole.get(name), kind) for name, kind in kinds.items())
+    if not fits or whole.get("jsonrpc") != "2.0" or isinstance(whole["id"], bool):
+        raise Problem(-32600, "a message is one request or notification of JSON-RPC 2.0; no batch, no answer")
+    return message
+
+
+def is_stateless(message: dict[str, Any], headers: Any) -> bool:
+    """Whether a message is of a version since 2026. Its headers then say what it says, for proxies that look
+    at nothing else: Problem where they do not, or for a version that is not spoken here."""
+    params, method, known = message.get("params", {}), message["method"], mcp_tables()
+    meta = params["_meta"] if isinstance(params.get("_meta"), dict) else {}
+    said = meta.get(f"{ENVELOPE}protocolVersion")
+    version = said if headers is None else headers.get("MCP-Protocol-Version") or None
+    if version not in (None, *known.versions):
+        asked = {"supported": known.versions, "requested": version}
+        raise Problem(-32022, "this version of the protocol is not spoken here", asked)
+    if version in known.handshake or method == "initialize" or (version is None and said is None):
+        return False
+    missing = [name for name in ("protocolVersion", "clientCapabilities") if ENVELOPE + name not in meta]
+    if missing and "id" in message:
+        raise Problem(-32602, f"params._meta has no {ENVELOPE}{missing[0]}")
+    if headers is None or "id" not in message:
+        return True
+    name = headers.get("Mcp-Name", "")
+    with contextlib.suppress(ValueError):
+        coded = re.fullmatch(r"=\?base64\?(.*)\?=", name)
+        name = binascii.a2b_base64(coded[1]).decode() if coded else name
+    named = method != "tools/call" or params.get("name") in (None, name)
+    if version != said or headers.get("Mcp-Method") != method or not named:
+        raise Problem(-32020, "MCP-Protocol-Version, Mcp-Method or Mcp-Name says something else than this")
+    return True
+
+
+def mcp_result(message: dict[str, Any], stateless: bool, call: Callable[[str, dict], str]) -> dict[str, Any]:
+    """The result of a request; Problem for a method that is not there."""
+    method, params, known = message["method"], message.get("params", {}), mcp_tables()
+    server, result = {"name": "monitor", "version": __version__}, {}
+    about = {"capabilities": {"tools": {}}, "instructions": known.instructions}
+    if method == "tools/list":
+        result = {"tools": known.tools}
+    elif method == "tools/call":
+        result = tool_result(params, call)
+    elif method == "server/discover" and stateless:
+        result = about | {"supportedVersions": known.versions}
+    elif method == "initialize" and not stateless:
+        asked = params.get("protocolVersion")
+        agreed = asked if asked in known.handshake else known.handshake[-1]
+        result = about | {"protocolVersion": agreed, "serverInfo": server}
+    elif method != "ping" or stateless:
+        raise Problem(-32601, f"there is no method {method[:60]!r}")
+    if stateless:
+        result |= {"resultType": "complete", "_meta": {f"{ENVELOPE}serverInfo": server}}
+        result |= {"ttlMs": 0, "cacheScope": "private"} if method != "tools/call" else {}
+    return result
+
+
+def tool_result(params: dict[str, Any], call: Callable[[str, dict], str]) -> dict[str, Any]:
+    """What a tool says. Why it cannot do its work is told to the model, too: it can mend that."""
+    name, given = params.get("name"), params.get("arguments", {})
+    if not isinstance(name, str) or name not in mcp_tables().fields or not isinstance(given, dict):
+        names = ", ".join(mcp_tables().fields)
+        raise Problem(-32602, f"name must be one of {names}; arguments must be an object")
+    try:
+        given = parse_json(
+            json.dumps(given).encode()
+        )  # only here: what cannot be stored is told to the model
+        return {"content": [{"type": "text", "text": call(name, given)}]}
+    except Problem as problem:
+        return {"content": [{"type": "text", "text": problem.message}], "isError": True}
+
+
+def receive_mcp():
+    """Answer a message of a client of the protocol."""
+    told, status = mcp_reply(json_bytes(), flask.request.headers, call_tool)
+    return answer(dump(told), status) if told else flask.Response(status=status)
+
+
+def call_tool(name: str, given: dict[str, Any]) -> str:
+    """Run a tool; returns its text. Where no task or workstream is named, it is about the agent's own."""
+    served, takes = monitor(), mcp_tables().fields[name]
+    if name in WRITING_TOOLS and served.config.tokens and not authorised(served.config):
+        raise Problem("unauthorized", f"{name} needs a valid token; whoever plugged Monitor in can give it")
+    if given.keys() - takes:
+        raise invalid(f"there is no {min(given.keys() - takes)[:60]}; {name} takes {', '.join(takes)}")
+    given = {each: value for each, value in given.items() if value is not None}
+    for each, field in takes.items():
+        if each in given and field.kind in ("number", "reference") and not isinstance(given[each], str):
+            given[each] = dump(given[each])  # models write numbers as numbers
+        elif each not in given and field.required and field.kind == "reference":
+            given[each] = own_reference(each)
+    wanted = clean(given, takes)
+    if "limit" in takes:
+        wanted["limit"] = min(wanted.get("limit", 10), MOST_UPDATES)
+    if name in READING_TOOLS:
+        found = served.store.read(lambda q: READING_TOOLS[name](q, wanted))
+    else:
+        run = re.fullmatch(RUN_REFERENCE, named_task() or "")
+        made = json.loads(WRITING_TOOLS[name](wanted, run[0] if run else "mcp"))
+        task = served.store.read(lambda q: TASK.make(q.one(TASK, made.get("task_id", made["id"]))))
+        found = {"made": made, "task": task}
+    size = max(200, ANSWER_TEXT // max(1, len(found.get("updates", ""))))
+    return flask.render_template("mcp.txt", tool=name, size=size, **found).strip()
+
+
+def own_reference(name: str) -> str:
+    """The task that the request names besides, or its workstream."""
+    named, row = named_task(), None
+    if named:
+        reference = FIELDS["task_id"].check(named, "the header X-Monitor-Task")
+        row = monitor().store.read_here(lambda q: q.find(TASK, reference))
+    if row is None:
+        raise invalid(f"{name} is missing: list_tasks shows them; no task is known to be your own", name)
+    return row["id" if name == "task_id" else name]
+
+
+def open_tasks(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Tasks, without a state asked for those not over: who waits for somebody first, then the newest."""
+    states, tasks = FIELDS["attention"].schema["x-words"], q.tasks(wanted)
+    if not {"status", "attention"} & wanted.keys():
+        tasks = [task for task in tasks if task["status"] in ("active", "blocked")]
+    places = {task["id"]: states.index(task["attention"]["state"]) for task in tasks if "attention" in task}
+    tasks.sort(key=lambda task: (places.get(task["id"], len(states)), -task["number"]))
+    return {"tasks": tasks, "waiting": len(places), "workstreams": q.workstreams({})}
+
+
+READING_TOOLS = {
+    "list_tasks": open_tasks,
+    "read_task": lambda q, wanted: one_task(q, wanted, wanted["task_id"]),
+    "search": lambda q, wanted: (
+        whole_thread(q, wanted)
+        | {"tasks": [] if "task_id" in wanted else q.tasks({"q": wanted["q"], "include_archived": True})}
+    ),
+}
+WRITING_TOOLS = {  # what they made or changed, as JSON
+    "create_task": lambda wanted, source: monitor().create(TASK, wanted),
+    "change_task": lambda wanted, source: monitor().change(
+        TASK, wanted["task_id"], wanted | ({"summary_source": source} if "summary_text" in wanted else {})
+    ),
+    "post_update": lambda wanted, source: monitor().add_update(wanted | {"source": source})[0],
+}
+
+
+def guide() -> str:
+    """What agents are told of Monitor: the skill without its head."""
+    return asset("templates", "skill.md").decode().partition("\n---\n")[2]
+
+
+def show_prime():
+    """What an agent needs to know when it begins: how its task stands, who waits, how to record."""
+    named = named_task()
+
+    def read(q: Queries) -> dict[str, Any]:
+        row = q.find(TASK, FIELDS["task_id"].check(named, "task_id")) if named else None
+        found = one_task(q, {"limit": PRIME_UPDATES}, row["id"]) if row else {"task": {}}
+        waiting = [task for task in asking(q) if task["id"] != found["task"].get("id")]
+        return found | {"waiting": waiting, "named": named}
+
+    text = flask.render_template("prime.txt", **monitor().store.read(read))
+    return flask.Response(text, mimetype="text/plain")
+
+
+# ======================================================================================================
+# app: all routes, errors, what every answer has, create_app()
+# ======================================================================================================
+
 ROUTES = (  # an answer of one expression stands here
     ("GET", "/health", health),
     *kind_routes(WORKSTREAM, Queries.workstreams, WORKSTREAM_QUERY),
@@ -3404,6 +3655,9 @@ ROUTES = (  # an answer of one expression stands here
     ("POST", "/tasks/<reference>/runs", move_run_form),
     ("POST", "/tasks/<reference>/links", link_form),
     ("GET", "/static/<name>", static_file),
+    ("GET", "/llms.txt", lambda: flask.Response(guide(), mimetype="text/plain")),
+    ("GET", "/prime", show_prime),
+    ("POST", "/mcp", receive_mcp),
 )
 
 
@@ -3472,13 +3726,18 @@ def age(moment: str) -> str:
     return f"{max(0, int(seconds))} s"
 
 
+def brief(text: Any, limit: int = 240) -> str:
+    """A text on one line, without control characters, cut with an ellipsis."""
+    return one_line(" ".join(str(text).split()), limit)
+
+
 def create_app(config: Config | None = None):
     """Make the Flask app. It opens no database: `flask --app monitor` runs this for every command."""
     import jinja2
 
     app = flask.Flask("monitor", static_folder=None, template_folder=None)
     app.jinja_loader = jinja2.FunctionLoader(lambda name: asset("templates", name).decode())
-    app.jinja_env.filters |= {"age": age, "folded": folded, "marked": marked}
+    app.jinja_env.filters |= {"age": age, "brief": brief, "folded": folded, "marked": marked}
     app.extensions["monitor"] = Monitor(config or Config.load())
     app.before_request(guard)
     app.before_request(read_path)
@@ -4367,6 +4626,7 @@ PARAMETERS = {  # of our commands, by name
 }
 PARAMETERS |= {each.name: setting_option(each, f"; {each.default or 'none'}") for each in SETTINGS}
 PARAMETERS |= {"file": click.Argument(["file"]), "id": click.Argument(["id"], **WORKSTREAM_NAME)}
+PARAMETERS |= {"install": click.Option(["--install"], type=click.Choice(["claude", "codex"]), help="Whose.")}
 PARAMETERS |= {"agent": click.Argument(["agent"], type=click.Choice(AGENTS))}
 PARAMETERS |= {"any_agent": click.Argument(["agent"], type=click.Choice(AGENTS), required=False)}
 PARAMETERS |= {"one_task": click.Argument(["task"], **TASK_NAME)}
@@ -5033,6 +5293,72 @@ def hooks_flush() -> None:
     show({"sent": sent, "refused": refused, "left": left})
     if left:
         raise trouble_of(server, status)
+
+
+@command("mcp")
+def bridge() -> None:
+    """Answer an MCP client on standard input and output: for agents that start a program instead of asking
+    an address. Only what a tool is to do is asked of the server: an agent may start while there is none."""
+    for line in sys.stdin.buffer:
+        told = mcp_reply(line, None, remote_tool)[0] if line.strip() else None
+        if told:
+            sys.stdout.buffer.write(dump(told).encode() + b"\n")
+            sys.stdout.buffer.flush()
+
+
+def remote_tool(name: str, given: dict[str, Any]) -> str:
+    """Have the server run a tool, for the task that we are in; returns its text. Problem says why not."""
+    message = {
+        "jsonrpc": "2.0",
+        "id": 0,
+        "method": "tools/call",
+        "params": {"name": name, "arguments": given},
+    }
+    told = ask(*target(), "POST", f"/mcp?task_id={quoted(current_task() or '')}", message)
+    result = told.get("result")
+    if not isinstance(result, dict) or "content" not in result:
+        raise trouble_of(target()[0], 200)
+    if result.get("isError"):
+        raise invalid(result["content"][0]["text"])
+    return result["content"][0]["text"]
+
+
+@command("prime", "", OF_TASK)
+def prime(task_id: str | None) -> None:
+    """Print what an agent needs to know when it begins: how its task stands, who waits, how to record. Fits a
+    SessionStart hook: short, and never an error."""
+    try:
+        asked = {"task_id": current_task(task_id)}
+        with ask(*target(), "GET", "/prime", asked, HOOK_SECONDS, whole=False) as response:
+            text = response.read().decode()
+        if not text.startswith("# Monitor"):
+            raise trouble_of(target()[0], 200)
+    except Exception as error:  # whatever it is: no agent's start may fail of it
+        text = f"Nothing from Monitor now: {brief(getattr(error, 'message', error))}\n{guide()}"
+    if not quiet():
+        encoding = sys.stdout.encoding or "utf-8"  # of a hook it may be ASCII
+        click.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
+
+
+@command("skill", "install")
+def skill(install: str | None) -> None:
+    """Print what agents should know of Monitor as a skill, or install it for an agent."""
+    text = asset("templates", "skill.md")
+    if not install:
+        return quiet() or click.echo(text.decode(), nl=False)
+    folder = {"claude": os.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude", "codex": "~/.agents"}[install]
+    path = os.path.realpath(os.path.expanduser(f"{folder}/skills/monitor/SKILL.md"))
+    try:
+        before = Path(path).read_bytes() if os.path.exists(path) else None
+        if before is not None and b"<!-- monitor-skill:" not in before:
+            raise invalid(f"{path} is not from here; nothing was changed: move it away first")
+        if before != text:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with new_file(path, 0o644) as file:
+                file.write(text)
+    except OSError as error:
+        raise invalid(f"cannot write {path}: {error.strerror}") from None
+    return show({"agent": install, "file": path, "changed": before != text})
 
 
 @command("serve", " ".join(setting.name for setting in SETTINGS) + " access_log")

@@ -331,7 +331,7 @@ def test_chips_and_fields_filter_in_place_and_stay_while_the_page_lives(server, 
     page.locator("#f-level").select_option("error")
     page.locator("#filters button").click()
     page.wait_for_url(f"**/stream?level=error&task_id={task['number']}")
-    page.locator(".tags a", has_text="fruit").click()
+    page.locator('.tags a[href*="level=error"]', has_text="fruit").click()  # of the filtered page
     page.wait_for_url("**&tag=fruit")
     page.wait_for_function("() => !document.querySelector('main').textContent.includes('a leek')")
     server.say(task, "a medlar", level="error", tags=["fruit"])
