@@ -1,8 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "flask>=3.1.3", "werkzeug>=3.1.6", "wsproto>=1.2", "gevent>=25.4.1", "click>=8.2", "requests>=2.32.4"
-# ]
+# dependencies = ["flask>=3.1.3", "werkzeug>=3.1.6", "wsproto>=1.2", "gevent>=25.4.1", "click>=8.2"]
 # ///
 """Monitor: a local-first monitor of development work.
 
@@ -17,7 +15,8 @@ The file, top to bottom (each section has a banner of its own):
     github       GitHub webhook payloads -> Draft of an update (pure)
     runs         what a run of an agent tells: where it works, what is kept of it, whether it waits
     log          ids, frames, filters, the objects that clients know (pure)
-    store        all the SQL there is: reading, and writing inside a transaction
+    queries      all the SQL that reads
+    transaction  all the SQL that writes: what an operation may do inside the writer's transaction
     database     the file, its connections, the one writer with group commit
     stream       the ring of newest frames, the wake-up, follow(): a subscriber is a cursor into the log
     transfer     a database as lines of JSON, and back: exact into an empty one, merged into any other
@@ -32,7 +31,9 @@ The file, top to bottom (each section has a banner of its own):
     server       the WSGI server with limits and time-outs, gevent first, threads without it
     hooks        agents plugged in: their settings, the hook that they run, the spool while no server answers
     doctor       what is wrong here, and the command that mends it
-    cli          options, output, and the HTTP client behind the commands
+    client       settings of the client and where they come from; asking the server
+    cli          options and output
+    reading      commands that tell how things stand, wait for something and follow the log
     run          a command as if nobody watched it, its start and end recorded
     pack         the one file that needs nothing but Python
     commands     the click commands
@@ -61,6 +62,7 @@ import re
 import secrets
 import select
 import shlex
+import shutil
 import signal
 import sqlite3
 import stat
@@ -195,12 +197,17 @@ def parse_event_rule(rule: str) -> str:
     return rule
 
 
+def state_path(kind: str, server: str, base: str | None = None) -> str:
+    """Where this user keeps something about a server."""
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    name = re.sub(r"[^A-Za-z0-9.-]", "_", server.removesuffix("/").encode().decode("latin-1"))
+    return f"{base or f'{state}/monitor/{kind}'}/{name}"
+
+
 def spool_folder(server: str) -> str | None:
     """The folder of events that a server has not taken yet; None: there is to be none."""
-    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    base = os.environ.get("MONITOR_SPOOL") or f"{state}/monitor/spool"
-    name = re.sub(r"[^A-Za-z0-9.-]", "_", server.removesuffix("/").encode().decode("latin-1"))
-    return None if base == "off" else f"{base}/{name}"
+    base = os.environ.get("MONITOR_SPOOL")
+    return None if base == "off" else state_path("spool", server, base)
 
 
 PARSERS = {  # by setting: the field of Config that it fills, and what reads it
@@ -357,7 +364,7 @@ def read_text(value: Any, schema: dict[str, Any]) -> str:
     must(len(value) <= schema["maxLength"], f"have at most {schema['maxLength']} characters")
     must(value.strip() or not schema.get("minLength"), "not be empty")
     must(not UNSTORABLE.search(value), "hold neither NUL nor lone surrogates")
-    must("pattern" not in schema or re.fullmatch(schema["pattern"], value), "look like one of ours")
+    must("x-form" not in schema or re.fullmatch(schema["x-form"], value), "look like one of ours")
     return value
 
 
@@ -403,7 +410,8 @@ def read_reference(value: Any, schema: dict[str, Any]) -> str:
 def read_number(value: str, schema: dict[str, Any]) -> int:
     """A whole number in a query; what lies outside its bounds is clamped."""
     least = schema["minimum"]
-    must(re.fullmatch(r"-?[0-9]{1,40}" if least else r"[0-9]{1,40}", value, re.ASCII), "be a whole number")
+    signed = least or "maximum" in schema
+    must(re.fullmatch(r"-?[0-9]{1,40}" if signed else r"[0-9]{1,40}", value, re.ASCII), "be a whole number")
     return min(max(int(value), least), schema.get("maximum", MAX_INTEGER))
 
 
@@ -481,6 +489,7 @@ GITHUB_WEBHOOK = fields("task_id! payload! headers")
 PRUNING = fields("older_than! data_only dry_run")
 WORKSTREAM_QUERY = fields("include_archived")
 TASK_QUERY = fields("workstream_id status attention include_hidden include_archived q")
+TASK_WAIT = fields("wait_for timeout")
 OF_TASK = fields("task_id")
 SESSION_MOVE = fields("source! task_id! updates")
 LINK_NAME = fields("link! value! repository")
@@ -1315,7 +1324,7 @@ KINDS = {"workstream": WORKSTREAM, "task": TASK}
 
 
 # ======================================================================================================
-# store: all the SQL there is
+# queries: all the SQL that reads
 # ======================================================================================================
 
 READ_ROWS, READ_BYTES = 256, 1024 * 1024
@@ -1688,6 +1697,11 @@ BEGIN = """
     SELECT CASE COUNT(*) WHEN 100000 THEN 0 ELSE MIN(seq) END
     FROM (SELECT seq FROM updates WHERE timestamp >= :since LIMIT 100000)
 """
+
+
+# ======================================================================================================
+# transaction: all the SQL that writes
+# ======================================================================================================
 
 
 class Transaction(Queries):
@@ -2345,14 +2359,14 @@ class Broadcaster:
             self._newest = cursor, self.head, self._frames[start:end]
             return self._newest[2]
 
-    def wait(self, cursor: int, chosen: Filter) -> int:
-        """Wait for something wanted after `cursor`, the end, or WAIT_SECONDS at most; returns the cursor,
-        moved past what is not. No lock: who joins a crowd looks at the head after that, who publishes looks
-        for crowds after moving it."""
+    def wait(self, cursor: int, chosen: Filter, seconds: float | None = None) -> int:
+        """Wait for something wanted after `cursor`, the end, or WAIT_SECONDS (and `seconds`) at most; returns
+        the cursor, moved past what is not. No lock: who joins a crowd looks at the head after that, who
+        publishes looks for crowds after moving it."""
         crowd = self._crowds.get(chosen) or types.SimpleNamespace(seen=0, wake=threading.Event())
         crowd = self._crowds.setdefault(chosen, crowd)
         if self.head <= cursor and not self.closed:
-            crowd.wake.wait()
+            crowd.wake.wait(seconds)
             cursor = max(cursor, crowd.seen)
         return cursor
 
@@ -2416,6 +2430,20 @@ def follow(store: Store, broadcaster: Broadcaster, cursor: int, chosen: Filter, 
             return
         elif (cursor := broadcaster.wait(cursor, chosen)) >= broadcaster.head:
             yield [], cursor
+
+
+def changes(broadcaster: Broadcaster, cursor: int, chosen: Filter, seconds: float) -> Iterator:
+    """Yield each time that something wanted came after a cursor, for some seconds or until the end."""
+    until = time.monotonic() + seconds
+    while not broadcaster.closed and (left := until - time.monotonic()) > 0:
+        frames = broadcaster.after(cursor)
+        if frames is None or any(map(chosen.matches, frames)):
+            cursor = broadcaster.head
+            yield
+        elif frames:
+            cursor = frames[-1].seq
+        else:
+            cursor = broadcaster.wait(cursor, chosen, left)
 
 
 def ticks(batches: Iterable, broadcaster: Broadcaster) -> Iterator:
@@ -3807,7 +3835,9 @@ def kind_routes(kind: Kind, read: Reading, asked: Fields):
     return (
         ("POST", place, lambda posted: answer(monitor().create(kind, posted), 201), kind.new),
         ("GET", place, lambda wanted: list_all(read, wanted), None, asked),
-        ("GET", one, lambda reference: show_one(kind, reference)),
+        ("GET", one, show_task, None, TASK_WAIT)
+        if kind is TASK
+        else ("GET", one, lambda reference: show_one(kind, reference)),
         (
             "PATCH",
             one,
@@ -3815,6 +3845,27 @@ def kind_routes(kind: Kind, read: Reading, asked: Fields):
             kind.changes,
         ),
     )
+
+
+def show_task(reference: str, wanted: dict[str, Any]):
+    """One task; with wait_for as soon as its status or attention is one of these words, or at the time-out.
+    Who waits counts as a stream."""
+    broadcaster, store = monitor().broadcaster, monitor().store
+    if "wait_for" not in wanted:
+        return show_one(TASK, reference)
+    if not broadcaster.join():
+        raise Problem("unavailable", "too many wait for something; try again")
+    try:
+        head = broadcaster.head  # before the task is read: what comes after it is not missed
+        row = store.read_here(lambda q: q.one(TASK, reference))
+        news = changes(broadcaster, head, Filter(task=row["number"]), wanted.get("timeout", 30))
+        for _ in itertools.chain([None], news):
+            task = store.read_here(lambda q: TASK.make(q.one(TASK, row["id"])))
+            if {task["status"], task.get("attention", {}).get("state")} & set(wanted["wait_for"]):
+                break
+    finally:
+        broadcaster.leave()
+    return answer(dump(task))
 
 
 def idempotency_key() -> str | None:
@@ -5075,25 +5126,42 @@ def check_hooks(agent: str, project: bool, seconds: int = 20) -> dict[str, Any]:
 # What templates/hook.sh does, for shells without curl.
 
 
-def exchange(server: str, token: str, request: str, body: bytes | None = None, headers=()) -> tuple:
-    """Ask within two seconds in all, past proxies and redirects; status (0: no answer), body, Date."""
-    import http.client
+def request(server: str, token: str, method: str, path: str, body=None, headers=None, seconds: float = 30):
+    """Send a request, on a connection of its own; returns the response, whatever it is. It knows neither
+    proxies (they would get what is for 127.0.0.1) nor ~/.netrc (it would replace our token), and follows no
+    redirect."""
+    import http.client  # here: --help needs none
     from urllib.parse import urlsplit
 
+    to = urlsplit(server)
+    kind = http.client.HTTPSConnection if to.scheme == "https" else http.client.HTTPConnection
+    connection = kind(to.hostname, to.port, timeout=min(5, seconds))
+    headers = (headers or {}) | {"Connection": "close"}
+    headers |= {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        connection.connect()
+        connection.sock.settimeout(seconds)
+        connection.request(method, to.path + path, body, headers)
+        response = connection.getresponse()
+    except BaseException:
+        connection.close()
+        raise
+    if connection.sock:
+        connection.sock.close()  # in earnest when the response is closed, or read to its end
+    return response
+
+
+def exchange(server: str, token: str, method: str, path: str, body=None, headers=None) -> tuple:
+    """Ask within two seconds in all; status (0: no answer), body of a GET, Date."""
+    import http.client
+
     answered: list[tuple[int, bytes, str]] = [(0, b"", "")]
-    method, path = request.split(" ", 1)
 
     def ask() -> None:
         with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
-            to = urlsplit(server)
-            kind = http.client.HTTPSConnection if to.scheme == "https" else http.client.HTTPConnection
-            bearer = {"Authorization": f"Bearer {token}"} if token else {}
-            with contextlib.closing(kind(to.hostname, to.port, timeout=HOOK_SECONDS)) as connection:
-                connection.request(method, to.path + path, body, dict(headers) | bearer)
-                response = connection.getresponse()
-                answered[0] = response.status, b"", response.getheader("Date", "")
-                if method == "GET":
-                    answered[0] = response.status, response.read(MAX_BODY), response.getheader("Date", "")
+            with request(server, token, method, path, body, headers, HOOK_SECONDS) as response:
+                whole = response.read(MAX_BODY) if method == "GET" else b""
+                answered[0] = response.status, whole, response.getheader("Date", "")
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
@@ -5103,7 +5171,7 @@ def exchange(server: str, token: str, request: str, body: bytes | None = None, h
 
 def post_hook(server: str, token: str, place: str, body: bytes, headers: dict[str, str]) -> int:
     """Post a hook; the status, 0 without an answer."""
-    return exchange(server, token, f"POST /api/hooks/{place}", body, headers)[0]
+    return exchange(server, token, "POST", f"/api/hooks/{place}", body, headers)[0]
 
 
 def trouble_of(server: str, status: int, told: Any = None) -> Problem:
@@ -5164,8 +5232,7 @@ def flush_spool(server: str, token: str) -> tuple[int, int, int]:
 # ======================================================================================================
 
 FINDINGS = json.loads(asset("templates", "doctor.json"))  # by check: how bad, when, sentence, what mends it
-PACKAGES = {"flask": "3.1.3", "werkzeug": "3.1.6", "flask-sock": "0.7", "click": "8.2", "requests": "2.32.4"}
-PACKAGES |= {"gevent": "25.4.1"}
+PACKAGES = {"flask": "3.1.3", "werkzeug": "3.1.6", "wsproto": "1.2", "click": "8.2", "gevent": "25.4.1"}
 FREE_BYTES, WAL_BYTES, SKEW_SECONDS = 100 * 1024 * 1024, 256 * 1024 * 1024, 5
 Facts = Iterator[tuple[str, dict[str, Any]]]  # a check of FINDINGS, and what holds there
 
@@ -5182,9 +5249,9 @@ def server_facts(server: str, token: str, health: dict[str, Any]) -> Facts:
     """Who answers, whether they let us in, and what time it is there; what they say goes into `health`."""
     from email.utils import parsedate_to_datetime
 
-    status, body, date = exchange(server, token, "GET /health")
+    status, body, date = exchange(server, token, "GET", "/health")
     ours = json_of(body).get("status") == "ok"
-    health |= json_of(exchange(server, token, "GET /health?full=1")[1]) if ours else {}
+    health |= json_of(exchange(server, token, "GET", "/health?full=1")[1]) if ours else {}
     facts = {"server": server, "status": status, "off": not status, "foreign": not ours, "ours": __version__}
     facts |= {"version": "?", "writer": "ok", "seq": "?"} | health
     facts |= {"sick": facts["writer"] != "ok", "other": facts["version"] not in ("?", __version__)}
@@ -5200,8 +5267,6 @@ def server_facts(server: str, token: str, health: dict[str, Any]) -> Facts:
 def database_facts(path: str, served: bool) -> Facts:
     """The file and its disk. One that was not closed is left alone where no server has it open: to read it
     would change it."""
-    import shutil
-
     size, wal = (os.path.getsize(each) if os.path.exists(each) else 0 for each in (path, f"{path}-wal"))
     facts = {
         "path": path,
@@ -5293,8 +5358,6 @@ def all_facts(server: str, token: str, database: str | None) -> Facts:
 
 def findings(facts: Facts) -> Iterator[dict[str, str]]:
     """Of each check the first row of FINDINGS that holds: how bad it is, a sentence, what mends it."""
-    import shlex
-
     for check, told in facts:
         level, _, sentence, mend = next(row for row in FINDINGS[check] if not row[1] or told.get(row[1]))
         finding = {"check": check, "level": level, "message": sentence.format(**told)}
@@ -5303,14 +5366,19 @@ def findings(facts: Facts) -> Iterator[dict[str, str]]:
 
 
 # ======================================================================================================
-# cli: options, output, and the HTTP client behind the commands
+# client: settings of the client and where they come from; asking the server
 # ======================================================================================================
 
-LONG_SECONDS = 3600  # how long an administrator's command waits for an answer
-EXIT_CODES = {"not_found": 3, "conflict": 3, "unauthorized": 4, "unreachable": 5}
-OPTION_NAMES = {"hidden": "--hidden/--no-hidden", "summary_text": "--summary", "task_id": "--task"}
-OPTION_NAMES |= {"workstream_id": "--workstream"}
-RUN_VARIABLES = {"claude": "CLAUDE_CODE_SESSION_ID"}  # what agents set for the commands that they run
+EXIT_CODES = {"not_found": 3, "conflict": 3, "unauthorized": 4, "unreachable": 5, "pending": 8}
+# What agents set for the commands that they run, where it is known to be the session of their hooks: not
+# COPILOT_AGENT_SESSION_ID, which only some versions set, and nothing of Gemini's and Cursor's.
+RUN_VARIABLES = {"claude": "CLAUDE_CODE_SESSION_ID", "codex": "CODEX_THREAD_ID"}
+VARIABLES = {name.removeprefix("MONITOR_").lower(): name for name, *_ in CLIENT_SETTINGS}
+VARIABLES |= {"task": "MONITOR_TASK_ID"}
+SETTING_WORDS = {"output": ("json", "plain", "table"), "color": ("auto", "always", "never")}
+PROJECT_FILE, PROJECT_KEYS = ".monitor.toml", ("task", "workstream", "server")
+THIS_MACHINE = r"https?://(127\.0\.0\.1|localhost|\[::1\])(:[0-9]+)?(/.*)?"
+USER_KEYS = ("server", "servers", "token", "token_file", "output", "color")
 
 
 def quiet() -> bool:
@@ -5320,15 +5388,238 @@ def quiet() -> bool:
 
 def plain(text: str) -> str:
     """Text for a terminal: control and bidi characters replaced, so that stored text cannot steer it."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", "\ufffd", text)
+    odd = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+    return re.sub(odd, "\ufffd", text)
 
 
-def json_value(text: str) -> Any:
-    """The value of an option that takes JSON; click says what is wrong with it."""
+def failure(problem: Problem) -> click.ClickException:
+    """A Problem as an error of click's, with its exit status."""
+    failed = click.ClickException(plain(problem.message))
+    failed.exit_code = EXIT_CODES.get(problem.code, 1)
+    return failed
+
+
+def user_file() -> str:
+    """Where the user's own settings stand."""
+    folder = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return f"{folder}/monitor/config.toml"
+
+
+def project_file() -> str | None:
+    """The settings of the project that we are in: the first such file upward, if it is not another user's."""
+    with contextlib.suppress(OSError):
+        found = (folder / PROJECT_FILE for folder in (Path.cwd(), *Path.cwd().parents))
+        path = next(filter(Path.is_file, found), None)
+        return str(path) if path and path.stat().st_uid in (0, os.geteuid()) else None
+    return None
+
+
+def read_settings(path: str, known: tuple[str, ...]) -> dict[str, Any]:
+    """What a settings file says; a usage error for what makes no sense in it."""
+    text = read_small(path)
+    if not text.strip():
+        return {}
+    import tomllib  # here: most people have no such file
+
     try:
-        return parse_json(text.encode("utf-8", "surrogateescape"))
+        found = tomllib.loads(text)
+    except ValueError as error:
+        raise click.UsageError(f"{path} is not TOML: {error}") from None
+    for key, value in found.items():
+        if key in USER_KEYS and key not in known:
+            raise click.UsageError(f"{path}: {key} does not belong there; put it into {user_file()}")
+        if key not in known or not isinstance(value, list if key == "servers" else str | int):
+            raise click.UsageError(f"{path}: {key} makes no sense; it takes {', '.join(known)}")
+    return {key: value if key == "servers" else str(value) for key, value in found.items()}
+
+
+def setting_layers(project: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The settings of the client by where they come from, the strongest first."""
+    options = click.get_current_context().meta
+    yield "option", {key: options.get(f"monitor.{name}") for key, name in VARIABLES.items()}
+    yield "environment", {key: os.environ.get(name) for key, name in VARIABLES.items()}
+    runs = [f"{agent}:{os.environ[name]}" for agent, name in RUN_VARIABLES.items() if os.environ.get(name)]
+    yield "the agent's run", {"task": runs[0] if runs else None}
+    if project and (path := project_file()):
+        yield path, read_settings(path, PROJECT_KEYS)
+    yield user_file(), read_settings(user_file(), USER_KEYS)
+    yield "default", {"server": CLIENT_SETTINGS[0].default, "color": "auto"}
+
+
+def setting(*keys: str, project: bool = True) -> tuple[str | None, str, str]:
+    """The strongest of some settings: its value, which it is, and where it comes from."""
+    for place, values in setting_layers(project):
+        for key in keys:
+            if value := values.get(key):
+                words = SETTING_WORDS.get(key)
+                if words and value not in words:
+                    raise click.UsageError(f"{key} ({place}) must be {', '.join(words[:-1])} or {words[-1]}")
+                return value, key, place
+    return None, keys[0], "nowhere"
+
+
+def read_token(project: bool = True) -> tuple[str, str]:
+    """The token, and where it comes from; from a file where one is named."""
+    token, key, place = setting("token", "token_file", project=project)
+    if key == "token_file" and token:
+        path = os.path.join(os.path.dirname(place), os.path.expanduser(token))
+        try:
+            token = Path(path).read_text("ascii").strip()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is not ASCII"
+            raise click.UsageError(f"cannot read the token in {path}: {reason}") from None
+    return token or "", place
+
+
+def target(project: bool = True) -> tuple[str, str]:
+    """Server and token of the current command line. A project's file may have come with a repository: it
+    names only servers on this machine or in the user's own file. A token goes only where it belongs: that
+    of the user's file to the servers there, that of the environment not to a server of a project's file."""
+    for key in SETTING_WORDS if project else ():
+        setting(key)  # a wrong word is told before anything is stored
+    server, _, named_by = setting("server", project=project)
+    if not re.fullmatch(r"https?://[^\s/]\S*", server):
+        raise click.UsageError(f"{server!r} is no server's address; one looks like http://127.0.0.1:3000")
+    server, mine = server.removesuffix("/"), read_settings(user_file(), USER_KEYS)
+    known = [mine.get("server", CLIENT_SETTINGS[0].default), *mine.get("servers", [])]
+    ours, from_project = server in [str(each).removesuffix("/") for each in known], named_by == project_file()
+    if from_project and not ours and not re.fullmatch(THIS_MACHINE, server):
+        hint = f"add it to servers in {user_file()}, if you trust it"
+        raise click.UsageError(f"{named_by} names {server}, which is none of yours; {hint}")
+    token, place = read_token(project)
+    sent = ours or place == "option" or (place == "environment" and not from_project)
+    return server, token if sent else ""
+
+
+def current_task(given: str | None = None) -> str | None:
+    """The task that a command is about: the one that is named, else MONITOR_TASK_ID, else that of the agent's
+    run that we are in, as claude:SESSION, else the project's; None: there is none."""
+    found = given or setting("task")[0]
+    return found and task_name(found)
+
+
+def filled(given: dict[str, Any]) -> dict[str, Any]:
+    """What was given, without what was not."""
+    return {name: value for name, value in given.items() if value not in (None, ())}
+
+
+def ask(server: str, token: str, method: str, path: str, given=None, seconds=30, whole=True) -> Any:
+    """Make a request of the API; returns the JSON object that answers it, or without `whole` the response.
+    Problem for any other answer."""
+    import http.client
+    from urllib.parse import urlencode
+
+    if not re.fullmatch(r"[\x21-\x7e]*", token):
+        raise click.UsageError("the token holds characters that cannot be sent; see MONITOR_TOKEN")
+    told, lines = None, isinstance(given, bytes)
+    body = None if method == "GET" or given is None else given if lines else dump(given)
+    kind = FORMATS["ndjson"].mimetype if lines else "application/json"
+    headers = {} if body is None else {"Content-Type": kind}
+    try:
+        path += f"?{urlencode(filled(given), doseq=True)}" if given and method == "GET" else ""
+        response = request(server, token, method, path, body, headers, seconds)
+        taken = 200 <= response.status < 300
+        if taken and not whole:
+            return response
+        with response:
+            raw = response.read()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        # A distrusted certificate is an OSError and a ValueError, a lost connection can be both, too.
+        odd = isinstance(error, (ValueError, http.client.HTTPException))
+        lost = isinstance(error, ConnectionError) or not odd
+        raise trouble_of(server, 0) if lost else invalid(f"cannot ask {server}: {error}") from None
+    with contextlib.suppress(ValueError, RecursionError):
+        told = json.loads(raw)
+    if taken and told and isinstance(told, dict):
+        return told
+    raise trouble_of(server, response.status, told)
+
+
+def pieces(response: Any, size: int = 256 * 1024) -> Iterator[bytes]:
+    """What a response holds, piece by piece; OSError where it is cut off."""
+    import http.client
+
+    try:
+        yield from iter(lambda: response.read(size), b"")
+    except http.client.HTTPException:
+        raise ConnectionError("the server went away") from None
+
+
+def expect(told: dict[str, Any], **shape: type) -> dict[str, Any]:
+    """An answer that has these members; Problem where it has not."""
+    odd = [name for name, kind in shape.items() if not isinstance(told.get(name), kind)]
+    if odd:
+        raise invalid(f"the server's answer has no {odd[0]} as it should; is it a Monitor server?")
+    return told
+
+
+def items_of(path: str, given: dict[str, Any] | None = None, seconds: float = 30) -> list[Any]:
+    """The items of a list of the API."""
+    return expect(ask(*target(), "GET", path, given, seconds), items=list)["items"]
+
+
+def task_name(text: str) -> str:
+    """A task as it is named on the command line, for the API: #12 is its number, @last the task that was
+    created, changed or written to from here before."""
+    if text != "@last":
+        return text.removeprefix("#")
+    with contextlib.suppress(OSError):
+        if found := re.fullmatch("[0-9a-f-]{36}", read_small(state_path("last", target()[0])).strip()):
+            return found[0]
+    raise failure(Problem("not_found", "there is no last task here yet; see: monitor task list"))
+
+
+def keep_last(told: dict[str, Any]) -> None:
+    """Keep which task an answer is about, for @last; not what an agent does."""
+    task = told.get("task_id", told.get("id") if "workstream_id" in told else None)
+    if task and not any(map(os.environ.get, RUN_VARIABLES.values())):
+        with contextlib.suppress(OSError):
+            path = state_path("last", target()[0])
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            Path(path).write_text(task)
+
+
+# ======================================================================================================
+# cli: options and output
+# ======================================================================================================
+
+LONG_SECONDS = 3600  # how long an administrator's command waits for an answer
+OPTION_NAMES = {"hidden": "--hidden/--no-hidden", "summary_text": "--summary", "task_id": "--task"}
+OPTION_NAMES |= {"workstream_id": "--workstream", "wait_for": "--for"}
+COLOURS = {"blocked": "magenta", "failed": "red", "error": "red", "stuck": "yellow", "warn": "yellow"}
+LEAST_COLUMN = 8
+STYLES = (("json", "Print JSON. [MONITOR_OUTPUT]"), ("plain", "A record a line."), ("table", "For people."))
+
+
+def checked(read: Callable, *given: Any) -> Any:
+    """The value of an option as the API reads it; click says what is wrong with it."""
+    try:
+        return read(*given)
     except Problem as problem:
         raise click.BadParameter(problem.message.replace("the body", "it")) from None
+
+
+def complete(kind: str, context: click.Context, parameter: click.Parameter, begun: str) -> list[Any]:
+    """What can stand for a task or workstream, for a shell's completion; nothing where no server answers."""
+    from click.shell_completion import CompletionItem
+
+    with contextlib.suppress(Exception), context.scope(cleanup=False):
+        rows = items_of(f"/api/{kind}s", seconds=1)
+        pairs = ((str(row.get("number", row["id"])), plain(row["name"])) for row in rows)
+        return [CompletionItem(id, help=name) for id, name in pairs if id.startswith(begun)]
+    return []
+
+
+TASK_NAME = {"metavar": "TASK", "type": task_name, "shell_complete": functools.partial(complete, "task")}
+WORKSTREAM_NAME = {"metavar": "ID", "shell_complete": functools.partial(complete, "workstream")}
+OPTION_SETTINGS = {"task_id": TASK_NAME | {"metavar": "ID"}, "workstream_id": WORKSTREAM_NAME}
+
+
+def project_workstream(context: click.Context, parameter: click.Parameter, given: str | None) -> str:
+    """The workstream that is named, else the project's."""
+    if found := given or setting("workstream")[0]:
+        return found
+    raise click.MissingParameter(ctx=context, param=parameter)
 
 
 def field_option(name: str, field: Field) -> click.Parameter:
@@ -5337,11 +5628,19 @@ def field_option(name: str, field: Field) -> click.Parameter:
         return click.Argument([name])
     option, schema = OPTION_NAMES.get(name, "--" + name.replace("_", "-")), field.schema
     settings = {"type": click.Choice(schema["enum"])} if "enum" in schema else {}
-    settings |= {"metavar": "ID"} if name.endswith("_id") else {}
-    settings |= {"type": json_value, "metavar": "JSON"} if not schema else {}
+    settings |= OPTION_SETTINGS.get(name, {})
+    if not schema:
+        settings |= {"type": lambda text: checked(parse_json, os.fsencode(text)), "metavar": "JSON"}
     settings |= {"type": split_list, "metavar": "A,B"} if schema.get("type") == "array" else {}
+    if "x-words" in schema:
+        settings |= {"type": lambda text: ",".join(checked(field.check, text, "it")), "metavar": "A,B"}
     settings |= {"is_flag": True, "default": None} if schema.get("type") == "boolean" else {}
-    return click.Option([option, name], help=field.text, required=field.required, **settings)
+    if schema.get("type") == "integer":
+        settings["type"] = click.IntRange(schema["minimum"], schema.get("maximum"))
+    settings |= {"required": field.required}
+    if field.required and name == "workstream_id":
+        settings |= {"required": False, "callback": project_workstream, "show_default": PROJECT_FILE}
+    return click.Option([option, name], help=field.text, **settings)
 
 
 def setting_option(setting: Setting, note: str = "", **more: Any) -> click.Option:
@@ -5351,8 +5650,9 @@ def setting_option(setting: Setting, note: str = "", **more: Any) -> click.Optio
 
 
 def remember(context: click.Context, parameter: click.Parameter, value: Any) -> None:
-    """Keep a global option for the whole command line, wherever it stood."""
-    context.meta.update({f"monitor.{parameter.name}": value} if value else {})
+    """Keep a global option for the whole command line, wherever it stood; --json is one of MONITOR_OUTPUT."""
+    name, kept = (parameter.name, value) if parameter.name.isupper() else ("MONITOR_OUTPUT", parameter.name)
+    context.meta.update({f"monitor.{name}": kept} if value else {})
 
 
 PARAMETERS = {  # of our commands, by name
@@ -5360,23 +5660,30 @@ PARAMETERS = {  # of our commands, by name
     for name, settings in json.loads(asset("templates", "options.json")).items()
 }
 PARAMETERS |= {each.name: setting_option(each, f"; {each.default or 'none'}") for each in SETTINGS}
-PARAMETERS |= {name: click.Argument([name]) for name in ("file", "id")}
+PARAMETERS |= {"file": click.Argument(["file"]), "id": click.Argument(["id"], **WORKSTREAM_NAME)}
 PARAMETERS |= {"install": click.Option(["--install"], type=click.Choice(["claude", "codex"]), help="Whose.")}
 PARAMETERS |= {"agent": click.Argument(["agent"], type=click.Choice(AGENTS))}
 PARAMETERS |= {"any_agent": click.Argument(["agent"], type=click.Choice(AGENTS), required=False)}
-PARAMETERS |= {"any_task": click.Argument(["task"], required=False)}
+PARAMETERS |= {"one_task": click.Argument(["task"], **TASK_NAME)}
+PARAMETERS |= {"any_task": click.Argument(["task"], required=False, **TASK_NAME)}
 PARAMETERS |= {"seq": click.Argument(["seq"], type=int)}
 PARAMETERS |= {"command": click.Argument(["command"], nargs=-1, required=True)}
-GLOBAL_OPTIONS = [setting_option(each, expose_value=False, callback=remember) for each in CLIENT_SETTINGS]
+PARAMETERS |= {"shell": click.Argument(["shell"], type=click.Choice(["bash", "zsh", "fish"]))}
+PARAMETERS |= {"said": click.Argument(["message"], required=False)}
+PARAMETERS |= {"phrase": click.Argument(["words"], nargs=-1, required=True, metavar="WORDS")}
+KEPT = {"callback": remember, "expose_value": False, "is_eager": True}  # other options may ask the server
+GLOBAL_OPTIONS = [setting_option(each, **KEPT) for each in CLIENT_SETTINGS if each.name != "MONITOR_OUTPUT"]
+GLOBAL_OPTIONS += [click.Option([f"--{style}"], is_flag=True, help=text, **KEPT) for style, text in STYLES]
 GLOBAL_OPTIONS += [PARAMETERS["quiet"]]
 GROUPS = (
     click.Group("workstream", params=GLOBAL_OPTIONS, help="Make, list and change workstreams."),
-    click.Group("task", params=GLOBAL_OPTIONS, help="Make, list and change tasks."),
+    click.Group("task", params=GLOBAL_OPTIONS, help="Make, list, show and change tasks."),
     click.Group("update", params=GLOBAL_OPTIONS, help="Add updates to tasks, or wipe one."),
     click.Group("session", params=GLOBAL_OPTIONS, help="List the runs of agents, or move one."),
     click.Group("hooks", params=GLOBAL_OPTIONS, help="Plug coding agents in: their runs appear as tasks."),
 )
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+EXAMPLES, VIEWS = (json.loads(asset("templates", name)) for name in ("examples.json", "views.json"))
 
 
 @click.group(commands=GROUPS, params=list(GLOBAL_OPTIONS), context_settings=HELP_OPTIONS)
@@ -5387,90 +5694,189 @@ def cli() -> None:
     \b
       monitor demo     look at it with a recorded story
       monitor serve    start a server, then open the address that it prints
+      monitor status   who needs you, and what goes on
     """
 
 
 class Command(click.Command):
-    """A command that tells a Problem as click tells an error."""
+    """A command that tells a Problem, or that it cannot write, as click tells an error."""
 
     def invoke(self, context: click.Context) -> None:
         """Run it."""
         try:
             super().invoke(context)
         except Problem as problem:
-            failure = click.ClickException(plain(problem.message))
-            failure.exit_code = EXIT_CODES.get(problem.code, 1)
-            raise failure from None
+            raise failure(problem) from None
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise failure(invalid(f"cannot write: {error.strerror}")) from None
 
 
 def command(words: str, names: str = "", fields: Fields | None = None) -> Callable:
     """Make the command of these words of a function: with the PARAMETERS of these names and an option a
-    field; the docstring is its help."""
+    field; the docstring is its help, and EXAMPLES has its example."""
     *group, name = words.split()
     params = [PARAMETERS[parameter] for parameter in names.split()]
     params += [field_option(*item) for item in (fields or {}).items()] + GLOBAL_OPTIONS
+    shown = {"epilog": f"\b\nExample:\n  {EXAMPLES[words]}"} if words in EXAMPLES else {}
 
     def register(function: Callable) -> Callable:
-        made = Command(name, params=params, callback=function, help=function.__doc__)
+        made = Command(name, params=params, callback=function, help=function.__doc__, **shown)
         (cli.commands[group[0]] if group else cli).add_command(made)
         return function
 
     return register
 
 
-def ask(server: str, token: str, method: str, path: str, given=None, seconds=30, whole=True) -> Any:
-    """Make a request of the API; returns the JSON object that answers it, or without `whole` the response.
-    Problem for any other answer."""
-    import requests  # here: gevent must patch before anybody imports it, and --help needs none
-
-    if not re.fullmatch(r"[\x21-\x7e]*", token):
-        raise click.UsageError("the token holds characters that cannot be sent; see MONITOR_TOKEN")
-    sent = "params" if method == "GET" else "data" if isinstance(given, bytes) else "json"
-    options = {sent: given, "timeout": (5, seconds), "allow_redirects": False, "stream": not whole}
-    bearer, told = {"Authorization": f"Bearer {token}"} if token else {}, None
-    bearer |= {"Content-Type": LINES_TYPE} if sent == "data" else {}
-    with requests.Session() as session:
-        # Else ~/.netrc replaces our bearer header, and http_proxy gets the requests for 127.0.0.1.
-        session.trust_env = False
-        try:
-            response = session.request(method, server + path, headers=bearer, **options)
-        except (requests.ConnectionError, requests.Timeout):
-            raise trouble_of(server, 0) from None
-        except (requests.RequestException, UnicodeError) as error:
-            raise invalid(f"cannot ask {server}: {error}") from None
-    taken = 200 <= response.status_code < 300
-    if taken and not whole:
-        return response
-    with contextlib.suppress(ValueError, RecursionError):
-        told = response.json()
-    if taken and told and isinstance(told, dict):
-        return told
-    raise trouble_of(server, response.status_code, told)
+def output_style() -> str:
+    """How to print: json, plain or table."""
+    return setting("output")[0] or ("table" if sys.stdout.isatty() else "json")
 
 
-def target() -> tuple[str, str]:
-    """Server and token of the current command line: options, then the environment, then the defaults."""
-    given = click.get_current_context().meta
-    server, token = (
-        given.get(f"monitor.{name}") or os.environ.get(name) or default
-        for name, default, _ in CLIENT_SETTINGS
-    )
-    if not re.fullmatch(r"https?://[^\s/]\S*", server):
-        raise click.UsageError(f"{server!r} is no server's address; one looks like http://127.0.0.1:3000")
-    return server.removesuffix("/"), token
+def coloured() -> bool:
+    """Whether to print in colour: an option or the user's file goes before the variables."""
+    wanted = setting("color")[0]
+    forced = os.environ.get("CLICOLOR_FORCE", "0") not in ("", "0")
+    dull = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
+    return wanted == "always" or (wanted == "auto" and (forced or not dull))
 
 
-def current_task(given: str | None = None) -> str | None:
-    """The task that a command is about: the one that is named, else MONITOR_TASK_ID, else that of the agent's
-    run that we are in, as claude:SESSION; None: there is none."""
-    runs = (f"{agent}:{os.environ[name]}" for agent, name in RUN_VARIABLES.items() if os.environ.get(name))
-    return given or os.environ.get("MONITOR_TASK_ID") or next(runs, None)
+def view_of(row: dict[str, Any]) -> dict[str, Any]:
+    """How an object is shown: the first view that fits what it has, else as a list of its own keys."""
+    keys = [key for key, value in row.items() if not isinstance(value, dict) and not listed(value)]
+    own = {"columns": [[key, key] for key in keys]}
+    return next((view for view in VIEWS if all(key in row for key in view["has"])), own)
+
+
+SHOWN = {  # how people read values of some kind
+    "age": age,
+    "id": lambda text: text[:8],
+    "number": "#{}".format,
+    "who": lambda text: text.partition(":")[0],
+}
+
+
+def cell(row: dict[str, Any], paths: str, kind: str = "") -> str:
+    """The first value that an object has at one of some paths (`attention.state status`), as text in a line;
+    of a kind of SHOWN, as people read that."""
+    value: Any = None
+    for path in paths.split():
+        value = row
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value not in (None, "", []):
+            break
+    if isinstance(value, list):
+        parts = [each.values() if isinstance(each, dict) else [each] for each in value]
+        value = ", ".join(" ".join(map(str, part)) for part in parts)
+    text = value if isinstance(value, str) else "" if value is None else dump(value)
+    with contextlib.suppress(ValueError):  # a time that is none
+        text = SHOWN.get(kind, str)(text) if text else ""
+    return plain(" ".join(text.split()))
+
+
+def columns_of(text: str) -> int:
+    """How many columns of a terminal a text takes."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import category, east_asian_width
+
+    shown = [each for each in text if category(each) not in ("Mn", "Me", "Cf")]
+    return len(shown) + sum(east_asian_width(each) in "WF" for each in shown)
+
+
+def painted(text: str, width: int) -> str:
+    """A text in so many columns, cut with an ellipsis or padded, in the colour that its word has."""
+    shown = text[: width + 1]
+    while columns_of(shown) > width:
+        shown = shown.rstrip("…")[:-1] + "…"
+    padding = " " * (width - columns_of(shown))
+    return (click.style(shown, fg=COLOURS[text]) if text in COLOURS else shown) + padding
+
+
+def table_lines(rows: list[dict[str, Any]], head: bool = True) -> list[str]:
+    """Objects as a table as wide as the terminal: the widest columns give way, empty ones are left out."""
+    columns, room = view_of(rows[0])["columns"], shutil.get_terminal_size().columns
+    made = [(name.upper(), [cell(row, *how) for row in rows]) for name, *how in columns if how[-1] != "-"]
+    made = [[name, *column] if head else column for name, column in made if any(column)]
+    widths = [max(columns_of(text[: room + 1]) for text in column) for column in made]
+    while sum(widths) + 2 * len(widths) - 2 > room and max(widths) > LEAST_COLUMN:
+        widths[widths.index(max(widths))] -= 1
+    texts = [[painted(text, width) for text in column] for column, width in zip(made, widths, strict=True)]
+    return ["  ".join(line).rstrip() for line in zip(*texts, strict=True)]
+
+
+def listed(value: Any) -> list[dict[str, Any]]:
+    """The objects in a list; none in what is no list of objects."""
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def block_lines(told: dict[str, Any]) -> list[str]:
+    """An object as a block: a fact a line, then tables of what it has lists of."""
+    view = view_of(told)
+    if "facts" not in view and "has" in view:
+        return table_lines([told], head=False)
+    facts = [(name, cell(told, *how)) for name, *how in view.get("facts", view["columns"])]
+    wide = max(map(len, dict(facts)), default=0)
+    lines = [f"{name:{wide}}  {painted(text, columns_of(text))}" for name, text in facts if text]
+    for key in view.get("tables", told):
+        rows = [{name: each[name] for name in each if name != "task_id"} for each in listed(told.get(key))]
+        lines += ["", *table_lines(rows)] if rows else []
+    return lines
+
+
+def task_numbers(ids: set[str]) -> dict[str, str]:
+    """The numbers of tasks, as #12, by their ids."""
+    with contextlib.suppress(Problem):
+        paths = [f"/{id}" for id in ids] if len(ids) < 10 else ["?include_hidden=1&include_archived=1"]
+        answers = [ask(*target(), "GET", f"/api/tasks{path}") for path in paths]
+        tasks = [task for told in answers for task in told.get("items", [told])]
+        return {task["id"]: f"#{task['number']}" for task in tasks}
+    return {}
+
+
+def numbered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Objects with the number of the task that they are of."""
+    numbers = task_numbers({row["task_id"] for row in rows if "task_id" in row})
+    return [row | {"task": numbers.get(row.get("task_id"), "")} for row in rows]
+
+
+def record(row: dict[str, Any]) -> str:
+    """An object as one line of a few values, tab separated."""
+    return "\t".join(cell(row, path) for _, path, *_ in view_of(row)["columns"])
+
+
+def answer_lines(told: dict[str, Any], style: str) -> list[str]:
+    """An answer as lines, in a style that is not JSON."""
+    rows = listed(told.get("items"))
+    if style == "plain":
+        pairs = [f"{key}\t{cell(told, key)}" for key in told]
+        return [record(row) for row in rows] or ([record(told)] if "has" in view_of(told) else pairs)
+    if "items" in told:
+        return table_lines(numbered(rows)) if rows else ["nothing found"]
+    return block_lines(numbered([told])[0])
 
 
 def show(told: dict[str, Any]) -> None:
-    """Print an answer as indented JSON."""
-    if not quiet():
-        click.echo(json.dumps(told, indent=2))
+    """Print an answer: as indented JSON, or in the style that is wanted."""
+    style = output_style()
+    print_lines([json.dumps(told, indent=2)] if style == "json" else answer_lines(told, style))
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines as they come; what the terminal cannot show is replaced."""
+    colour = coloured()
+    with contextlib.suppress(AttributeError):  # of a test's output
+        sys.stdout.reconfigure(errors="replace")
+    for line in lines if not quiet() else ():
+        click.echo(line, color=colour)
+
+
+def stored(told: dict[str, Any]) -> None:
+    """Show what was stored, and keep its task for @last."""
+    keep_last(told)
+    show(told)
 
 
 @contextlib.contextmanager
@@ -5505,16 +5911,235 @@ def api_command(words: str, request: str, names: str, fields: Fields, text: str)
 
     def call(database: str | None = None, **given: Any) -> None:
         named = {name: quoted(str(given.pop(name))) for name in re.findall(r"\{(\w+)", path)}
-        given = {name: value for name, value in given.items() if value is not None}
         with server_for(database, at_rest) as server:
-            told = server(method, path.format(**named), given, LONG_SECONDS if at_rest else 30)
-        odd = [name for name, kind in shape.items() if not isinstance(told.get(name), kind)]
-        if odd:
-            raise invalid(f"the server's answer has no {odd[0]} as it should; is it a Monitor server?")
-        show(told)
+            told = server(method, path.format(**named), filled(given), LONG_SECONDS if at_rest else 30)
+        (show if method == "GET" else stored)(expect(told, **shape))
 
     call.__doc__ = text
     command(words, names, fields)(call)
+
+
+# ======================================================================================================
+# reading: commands that tell how things stand, wait for something and follow the log
+# ======================================================================================================
+
+PATIENCE = 30  # seconds that one request waits for something; a stream gives a sign of life every 15
+NEEDS = ("blocked", "failed", "stuck", "idle")  # the most urgent first
+PASSING = ("unreachable", "unavailable")  # what ends by itself: a server that starts anew
+FIRST_TRY, LAST_TRY = 0.1, 10.0  # seconds between two tries to reach a server that was there
+AFTER = FIELDS["after_seq"]
+
+
+def needs(task: dict[str, Any]) -> str:
+    """What a task needs somebody for; "" for nothing."""
+    return task.get("attention", {}).get("state", "")
+
+
+@command("status", "short")
+def status(short: bool) -> None:
+    """Who needs you, and what goes on. `--short` is a line for a prompt or tmux: empty when nothing goes on,
+    silent (status 5) when no server answers."""
+    try:
+        seconds = 2 if short else PATIENCE
+        asking = items_of("/api/tasks", {"attention": ",".join(NEEDS)}, seconds)
+        active = [task for task in items_of("/api/tasks", {"status": "active"}, seconds) if not needs(task)]
+    except Problem as problem:
+        if short:
+            sys.exit(EXIT_CODES.get(problem.code, 1))
+        raise
+    asking.sort(key=lambda task: (NEEDS.index(needs(task)), task["attention"]["since"]))
+    if not short:
+        return show({"items": asking + active, "total": len(asking + active)})
+    counts = Counter(needs(task).replace("blocked", "waiting") for task in asking)
+    counts["active"] = len(active)
+    said = [f"{count} {word}" for word, count in counts.items() if count]
+    return print_lines([" · ".join(said)] if said else [])
+
+
+@command("task show", "any_task", fields("limit"))
+def show_thread(task: str | None, limit: int | None) -> None:
+    """Show TASK (the current one, if you name none) and its newest updates."""
+    if (named := current_task(task)) is None:
+        raise click.UsageError("name the TASK, or set MONITOR_TASK_ID")
+    found = expect(ask(*target(), "GET", f"/api/tasks/{quoted(named)}"), id=str)
+    wanted = {"task_id": found["id"], "order": "desc", "limit": limit or 10, "total": "false"}
+    show(found | {"updates": items_of("/api/updates", wanted)})
+
+
+@command("log", "said", fields("task_id level kind tags data"))
+def log(message: str | None, task_id: str | None, **given: Any) -> None:
+    """Say MESSAGE on the current task. With `-` it comes from standard input. The task is that of --task,
+    MONITOR_TASK_ID, the agent's run that says it, or the project's .monitor.toml."""
+    if (task := current_task(task_id)) is None:
+        raise click.UsageError(f"which task? give --task, or set MONITOR_TASK_ID or task in {PROJECT_FILE}")
+    if message is None and sys.stdin.isatty():
+        raise click.UsageError("say something: monitor log MESSAGE")
+    if message in (None, "-"):
+        message = sys.stdin.buffer.read(MAX_BODY).decode("utf-8", "replace").rstrip("\n")
+    body = filled(given) | {"task_id": task, "message": message}
+    stored(expect(ask(*target(), "POST", "/api/updates/manual", body), id=str))
+
+
+@command("search", "phrase", fields("task_id workstream_id source kind level tag since limit"))
+def search(words: tuple[str, ...], **given: Any) -> None:
+    """Find updates that hold some WORDS, the newest first."""
+    show(expect(ask(*target(), "GET", "/api/updates", filled(given) | {"q": " ".join(words)}), items=list))
+
+
+@command("open", "any_task")
+def open_page(task: str | None) -> None:
+    """Open a page in a browser: that of TASK, or the dashboard. Without a browser its address is printed."""
+    import webbrowser
+
+    server, token = target()
+    found = ask(server, token, "GET", f"/api/tasks/{quoted(task)}") if task else None
+    page = f"{server}/tasks/{expect(found, id=str)['id']}" if found else f"{server}/dashboard"
+    if not webbrowser.open(page):
+        print_lines([page])
+
+
+@command(
+    "wait", "one_task", fields("wait_for!") | {"timeout": AFTER._replace(text="Seconds to wait at most.")}
+)
+def wait(task: str, wait_for: str, timeout: int | None) -> None:
+    """Wait until TASK has come so far. Its status may be active, blocked, done or cancelled, and it may ask
+    for attention as blocked, failed, stuck or idle. Exit status 8: not in time."""
+    end = time.monotonic() + (math.inf if timeout is None else timeout)
+    found, delay = {"id": task}, FIRST_TRY
+    while True:
+        left = (
+            max(0, min(PATIENCE, end - time.monotonic())) if "status" in found else 0
+        )  # first: is it there?
+        asked = {"wait_for": wait_for, "timeout": math.ceil(left)}
+        try:
+            path = f"/api/tasks/{quoted(found['id'])}"
+            found, delay = (
+                expect(ask(*target(), "GET", path, asked, left + 10), id=str, status=str),
+                FIRST_TRY,
+            )
+            if {found["status"], needs(found)} & set(split_list(wait_for)):
+                return show(found)
+        except Problem as problem:
+            if problem.code not in PASSING or "status" not in found:
+                raise
+            delay = min(2 * delay, LAST_TRY)
+        if time.monotonic() >= end:
+            state = needs(found) or found["status"]
+            raise Problem("pending", f"#{found.get('number')} is {state}, and not {wait_for} yet")
+        time.sleep(max(0, min(delay, end - time.monotonic())))
+
+
+def notice(text: str) -> None:
+    """Tell something beside the output."""
+    if not quiet():
+        click.echo(f"monitor: {plain(text)}", err=True)
+
+
+def parse_event(line: bytes, server: str) -> dict[str, Any]:
+    """An event of the stream; Problem for what is none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        event = json.loads(line)
+        if isinstance(event, dict) and isinstance(event.get("data"), dict) and "event" in event:
+            return event
+    raise trouble_of(server, 200)
+
+
+def events_after(cursor: int | None, filters: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The events of the log after a cursor (None: from now on). A lost connection is made again, and they go
+    on where they were."""
+    import http.client
+
+    (server, token), stream, delay, lost = target(), None, FIRST_TRY, False
+    while True:
+        asked = filters | filled({"format": "ndjson", "after_seq": cursor, "stream": stream})
+        try:
+            with ask(server, token, "GET", "/api/stream", asked, PATIENCE, whole=False) as response:
+                for line in response:
+                    if not line.endswith(b"\n"):
+                        break  # the connection was cut within it
+                    if not line.strip():
+                        continue  # a sign of life
+                    event = parse_event(line, server)
+                    if event["event"] == "hello":
+                        stream, delay = event["data"]["stream"], FIRST_TRY
+                        cursor = event["data"]["seq"] if cursor is None else cursor
+                        lost = lost and notice(f"connected to {server} again")
+                    if event["event"] == "reset":
+                        notice(f"the log does not go on from {cursor} ({event['data']['reason']})")
+                    cursor = event.get("id", cursor)
+                    yield event
+        except Problem as problem:
+            if stream is None or problem.code not in PASSING:
+                raise
+        except (OSError, http.client.HTTPException):
+            pass
+        lost = lost or notice(f"lost {server}; trying again") is None
+        time.sleep(delay * random.uniform(0.5, 1))
+        delay = min(2 * delay, LAST_TRY)
+
+
+def event_line(event: dict[str, Any], numbers: dict[str, str]) -> str:
+    """An event as a line for people: when, which task, how it stands, who says what."""
+    row, task = event["data"], event["data"].get("task_id", "")
+    if task and task not in numbers:
+        numbers |= {task: task[:8]} | task_numbers({task})
+    when = cell(row, "timestamp updated_at")
+    with contextlib.suppress(ValueError, OverflowError):
+        when = datetime.datetime.fromisoformat(when).astimezone().strftime("%H:%M:%S")
+    state, who = cell(row, "level attention.state status"), cell(row, "source", "who") or event["event"]
+    said = cell(row, "message attention.message name reason seq")
+    cells = (
+        when,
+        numbers.get(task) or cell(row, "number", "number"),
+        state if state != "info" else "",
+        who,
+        said,
+    )
+    widths = [max(least, columns_of(text)) for text, least in zip(cells, (8, 4, 7, 8), strict=False)]
+    widths += [max(LEAST_COLUMN, shutil.get_terminal_size().columns - sum(widths) - 2 * len(widths))]
+    return "  ".join(map(painted, cells, widths)).rstrip()
+
+
+TAIL = {"after": AFTER, "tail": FIELDS["limit"]._replace(text="First so many of the newest.")}
+
+
+@command("watch", "events", STREAM_FILTER | TAIL)
+def watch(events: bool, after: int | None, tail: int | None, **given: Any) -> None:
+    """Follow what is said, until Ctrl-C. A restart of the server loses nothing. Piped, each update is a line
+    of JSON, as the API has it; with --events each event of the log."""
+    if tail and after is not None:
+        raise click.UsageError("give one of --tail and --after")
+    filters, style, numbers = filled(given), output_style(), {}
+    newest = {"order": "desc", "limit": tail, "total": "false"}
+    updates = items_of("/api/updates", filters | newest) if tail else []
+    after = (updates[0]["seq"] if updates else 0) if tail else after
+    old = ({"event": "update", "id": update["seq"], "data": update} for update in reversed(updates))
+    told = itertools.chain(old, events_after(after, filters))
+    line = {
+        "json": lambda event: dump(event if events else event["data"]),
+        "plain": lambda event: record(event["data"]),
+        "table": lambda event: event_line(event, numbers),
+    }[style]
+    print_lines(line(event) for event in told if events or event["event"] == "update")
+
+
+@command("config")
+def show_config() -> None:
+    """Show the settings of the client and where each comes from."""
+    (server, sent), (token, place) = target(), read_token()
+    hidden = "********" if sent else "******** (not sent to this server)" if token else None
+    found = {key: setting(key)[::2] for key in ("server", "task", "workstream", "output", "color")}
+    found |= {"server": (server, found["server"][1]), "token": (hidden, place)}
+    rows = [{"name": key, "value": value, "from": place} for key, (value, place) in found.items()]
+    show({"items": rows, "total": len(rows)})
+
+
+@command("completion", "shell")
+def completion(shell: str) -> None:
+    """Print what completes commands and tasks in SHELL."""
+    from click.shell_completion import get_completion_class
+
+    click.echo(get_completion_class(shell)(cli, {}, "monitor", "_MONITOR_COMPLETE").source())
 
 
 # ======================================================================================================
@@ -5558,8 +6183,6 @@ def last_words(raw: bytes) -> str:
 
 def spoken(words: Iterable[str]) -> str:
     """A command line to be recorded, without what follows an option such as --password."""
-    import shlex
-
     pairs = itertools.pairwise(["", *words])
     return shlex.join(
         MASK if redact_deep({before: word}) == {before: MASK} and before[:1] == "-" else word
@@ -5875,7 +6498,7 @@ cli.commands["run"].allow_interspersed_args = False  # from COMMAND on, options 
 # pack: the one file that needs nothing but Python
 # ======================================================================================================
 
-PACKED = ("click", "flask", "flask-sock", "requests")  # and what these need
+PACKED = ("click", "flask", "wsproto")  # and what these need
 NATIVE = (*PACKED, "gevent", "greenlet")
 UNPACKED = r"(^|/)\.\./|__pycache__/|^gevent/tests/|\.(c|h|pxd|pyc|pyi|pyx|typed)$"
 UNPACKED += r"|\.dist-info/(?!METADATA|.*(?i:licen[cs]e|copying|notice|authors))"
@@ -5987,7 +6610,7 @@ for definition in (  # words, request, arguments, fields of its body or query, h
     ("workstream update", "PATCH /api/workstreams/{id}", "id", WORKSTREAM_CHANGES, "Change a workstream."),
     ("task create", "POST /api/tasks", "", NEW_TASK, "Make a task."),
     ("task list", "GET /api/tasks", "", TASK_QUERY, "List tasks, oldest first."),
-    ("task update", "PATCH /api/tasks/{id}", "id", TASK_CHANGES, "Change a task."),
+    ("task update", "PATCH /api/tasks/{task}", "one_task", TASK_CHANGES, "Change a task."),
     ("update manual", "POST /api/updates/manual", "", MANUAL_UPDATE, "Add a person's update to a task."),
     ("session list", "GET /api/sessions", "", OF_TASK, "List the runs of agents, the newest first."),
     ("session move", "POST /api/sessions/move", "", SESSION_MOVE, "Give a run, by its source, to a task."),
@@ -6011,18 +6634,19 @@ def link_body(repository: str | None, **given: str | None) -> dict[str, str | No
 
 @command("link", "any_task listed", LINK_KINDS | fields("repository close_on_merge"))
 def link(task: str | None, listed: bool, close_on_merge: bool | None, **given: str | None) -> None:
-    """Bind a branch, pull request, issue, repository or folder to TASK: what happens there goes to it."""
+    """Bind something to TASK. What happens on that branch, pull request, issue, repository or in that folder
+    goes to it."""
     if listed:
         return show(ask(*target(), "GET", "/api/links", {"task_id": task} if task else None))
     if task is None:
         raise click.UsageError("name the TASK that it is to be bound to")
     body = link_body(**given) | {"task_id": task, "close_on_merge": close_on_merge}
-    return show(ask(*target(), "POST", "/api/links", body))
+    return stored(ask(*target(), "POST", "/api/links", body))
 
 
 @command("unlink", "", LINK_KINDS | fields("repository"))
 def unlink(**given: str | None) -> None:
-    """Unbind a branch, pull request, issue, repository or folder from its task."""
+    """Unbind a branch, pull request, issue ... from its task."""
     told = ask(*target(), "POST", "/api/links/remove", link_body(**given))
     if not told.get("removed"):
         raise Problem("not_found", "there is no such link; see: monitor link --list")
@@ -6037,15 +6661,15 @@ def progress_bar(length: int, label: str):
 
 @command("backup", "file database")
 def backup(file: str, database: str | None) -> None:
-    """Copy the database into a new FILE while everything goes on; FILE is a database like any other."""
+    """Copy the database into a new FILE. Everything goes on meanwhile; FILE is a database like any other."""
     if os.path.exists(file):
         raise invalid(f"{file} exists; name a new file")
     try:
         with server_for(database) as server, new_file(file) as copy:
             response = server("GET", "/api/admin/backup", None, LONG_SECONDS, whole=False)
             size = int(response.headers["Content-Length"])
-            with progress_bar(size, "Backup") as bar:
-                for chunk in response.iter_content(256 * 1024):
+            with response, progress_bar(size, "Backup") as bar:
+                for chunk in pieces(response):
                     bar.update(copy.write(chunk))
             if copy.tell() != size:
                 raise invalid("the backup did not arrive whole")
@@ -6056,7 +6680,7 @@ def backup(file: str, database: str | None) -> None:
 
 @command("check", "database")
 def check(database: str | None) -> None:
-    """Read the whole database and say what is wrong with it: integrity, numbers, orphans, search index."""
+    """Say what is wrong with the database. All of it is read: integrity, numbers, orphans, search index."""
     with server_for(database) as server, progress_bar(1, "Checking") as bar:
         problems = server("GET", "/api/admin/check", None, LONG_SECONDS).get("problems", [])
         bar.update(1)
@@ -6067,7 +6691,7 @@ def check(database: str | None) -> None:
 
 @command("prune", "database", PRUNING)
 def prune(database: str | None, dry_run: bool | None, **wanted: Any) -> None:
-    """Remove old updates, in small batches, and give their space back. Their numbers are never used again."""
+    """Remove old updates. They go in small batches and give their space back; no number comes again."""
     with server_for(database) as server:
         answered = server("POST", "/api/admin/prune", wanted | {"dry_run": True})
         done = 0
@@ -6091,7 +6715,7 @@ def export(file: str, since: str | None, database: str | None) -> None:
         with server_for(database) as server, place as copy:
             response = server("GET", "/api/admin/export", wanted, LONG_SECONDS, whole=False)
             with progress_bar(1, "Export") as bar:
-                for chunk in response.iter_content(READ_BYTES):
+                for chunk in pieces(response, READ_BYTES):
                     copy.write(chunk)
                     size, end = size + len(chunk), (end + chunk)[-len(END_LINE) :]
                     found = re.findall(rb'^{"event":"export".*"head":(\d+)', chunk[:1000])
@@ -6185,14 +6809,14 @@ def doctor(database: str | None) -> None:
 
 @command("hook", "agent event")
 def send_event(agent: str, event: str) -> None:
-    """Send the hook payload of AGENT from standard input, as the installed one-liner does with curl: within
+    """Send a hook of AGENT from standard input. It does what the installed one-liner does with curl: within
     two seconds, silent, exit status 0; what cannot be sent waits in the spool."""
-    if send_hook(*target(), agent, event, sys.stdin.buffer.read()) and os.fork() == 0:
+    if send_hook(*target(False), agent, event, sys.stdin.buffer.read()) and os.fork() == 0:
         try:  # in a process apart: the agent waits for us, and for what holds its pipes
             os.setsid()
             for number in range(3):
                 os.dup2(os.open(os.devnull, os.O_RDWR), number)
-            flush_spool(*target())
+            flush_spool(*target(False))
         finally:
             os._exit(0)
 
@@ -6204,7 +6828,7 @@ def hooks_install(agent: str, project: bool, http: bool, block: bool, dry_run: b
 
     gated = "assume" in hook_agents()[agent]  # else its events need no version, and one takes 4 s to tell it
     version = agent_version(agent) if gated else None
-    wanted = wanted_hooks(agent, target()[0], version, http)
+    wanted = wanted_hooks(agent, target(project)[0], version, http)
     if block:
         return quiet() or click.echo(with_hooks(None, wanted, agent), nl=False)
     file = HookFile(agent, project)
@@ -6236,8 +6860,8 @@ def hooks_remove(agent: str, project: bool) -> None:
 
 @command("hooks check", "any_agent")
 def hooks_check(agent: str | None) -> None:
-    """Say which agents are plugged in (or AGENT), whether their hooks are up to date, and whether the server
-    answers."""
+    """Say which agents are plugged in. Are their hooks (or those of AGENT) up to date, and does the server
+    answer?"""
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor() as pool:  # some agents take seconds to tell their version
@@ -6301,7 +6925,8 @@ def prime(task_id: str | None) -> None:
     SessionStart hook: short, and never an error."""
     try:
         asked = {"task_id": current_task(task_id)}
-        text = ask(*target(), "GET", "/prime", asked, HOOK_SECONDS, whole=False).content.decode()
+        with ask(*target(), "GET", "/prime", asked, HOOK_SECONDS, whole=False) as response:
+            text = response.read().decode()
         if not text.startswith("# Monitor"):
             raise trouble_of(target()[0], 200)
     except Exception as error:  # whatever it is: no agent's start may fail of it
@@ -6352,7 +6977,8 @@ def announce(served: Monitor, address: str, with_gevent: bool, demo: bool = Fals
 
 @command("demo", "bind speed")
 def demo(bind: str, speed: float) -> None:
-    """Serve a recorded story from a temporary database: agents at work, CI, and one that waits for you."""
+    """Serve a recorded story. It has agents at work, CI, and one that waits for you, in a temporary
+    database."""
     config = Config.load({"MONITOR_BIND": bind, "MONITOR_DB": "sqlite::memory:"})
     config = dataclasses.replace(config, tokens=(), auth_mode="relaxed", spools=())
 
@@ -6403,14 +7029,14 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
-        message = error.format_message() + (f"; see: {context.command_path} --help" if context else "")
+        message = error.format_message().rstrip(".") + (
+            f"; see: {context.command_path} --help" if context else ""
+        )
         status = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except BrokenPipeError:
         os._exit(1)  # nobody reads on: Python would complain at exit
-    except OSError as error:
-        message, status = f"cannot write: {error.strerror}", 1
     if not quiet():
         click.echo(f"monitor: {plain(' '.join(message.splitlines()))}", err=True)
     sys.exit(status)

@@ -402,17 +402,36 @@ def start(scale: Scale) -> Rows:
         ("-c", "import monitor; monitor.main()", "task", "list"),
         (str(bench_load.ROOT / "monitor.py"), "task", "list"),
     ]
-    commands += [("-c", "import click, requests"), ("-c", "pass")]
+    commands += [("-c", "import click, http.client"), ("-c", "pass")]
     with serving() as server, tempfile.TemporaryDirectory() as cache:
         settings = {"PYTHONPATH": str(bench_load.ROOT), "PYTHONPYCACHEPREFIX": cache}
         settings["MONITOR_SERVER"] = f"http://127.0.0.1:{server.port}"
         runs = [functools.partial(run_time, *command, **settings) for command in commands]
         in_turn(1, *runs)  # compiles
         *both, imports, python = (times.p50 for times in in_turn(scale.rounds * 4, *runs))
-    beside = f"import click, requests {imports:.0f} ms; python alone {python:.0f} ms"
-    reaches = (verdict(both[0] / imports, 1.3, "< {} x"), "-")
+        yield from client_commands(scale, settings, imports)
+    beside = f"import click, http.client {imports:.0f} ms; python alone {python:.0f} ms"
+    reaches = (verdict(both[0] / imports, 1.8, "< {} x"), "-")
     for name, took, reach in zip(("installed", "python monitor.py"), both, reaches, strict=True):
         yield Row(f"monitor task list, {name}", f"{took:.0f} ms", beside, f"{took / imports:.2f}", reach)
+
+
+CLIENT_COMMANDS = ("--help", "status --short", "log hello --task 1", "task show 1", "search hello", "config")
+
+
+def client_commands(scale: Scale, settings: dict[str, str], imports: float) -> Rows:
+    """Each command of the client, start to exit."""
+    script = "import monitor; monitor.main()"
+    make = ("-c", script, "workstream", "create", "w")
+    made = subprocess.run(
+        [sys.executable, *make], env=bench_load.environment(**settings), capture_output=True, check=True
+    )
+    workstream = json.loads(made.stdout)["id"]
+    run_time("-c", script, "task", "create", "t", "--workstream", workstream, **settings)
+    runs = [functools.partial(run_time, "-c", script, *each.split(), **settings) for each in CLIENT_COMMANDS]
+    for words, times in zip(CLIENT_COMMANDS, in_turn(scale.rounds * 2, *runs), strict=True):
+        reach = verdict(times.p50 / imports, 2.2, "< {} x")
+        yield Row(f"monitor {words}", f"{times.p50:.0f} ms", "", f"{times.p50 / imports:.2f}", reach)
 
 
 @bench

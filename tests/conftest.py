@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -19,11 +20,14 @@ import requests
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+FOLDER = tempfile.TemporaryDirectory(prefix="monitor-tests-")  # never the developer's own settings and state
+os.environ |= {name: f"{FOLDER.name}/{name}" for name in ("XDG_CONFIG_HOME", "XDG_STATE_HOME")}
 
 
 def clean_environment(**settings: str) -> dict[str, str]:
     """This process's environment without Monitor's settings, plus the given ones."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MONITOR_", "CLAUDE"))}
+    ours = ("MONITOR_", "CLAUDE", "CODEX")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     # Never the developer's own hooks that wait for a server.
     return kept | {"PYTHONUNBUFFERED": "1", "COVERAGE_PROCESS_START": "", "MONITOR_SPOOL": "off"} | settings
 

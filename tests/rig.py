@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
 import os
+import pty
+import re
+import struct
+import subprocess
 import sys
+import termios
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import requests
-from conftest import ROOT, Server
+from conftest import ROOT, Server, clean_environment
 
 import monitor
 
@@ -157,3 +164,32 @@ def made_before(path: Path, count: int, size: int = 100, moment: str = LONG_AGO)
 def bytes_of(folder: Path) -> bytes:
     """All that the files of a folder hold."""
     return b"".join(file.read_bytes() for file in folder.iterdir() if file.is_file())
+
+
+def in_terminal(*arguments: str, columns: int = 80, folder=None, **settings: str) -> Ran:
+    """Run `monitor ARGUMENTS` as a process whose outputs are a terminal of that width, seen as one text."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "monitor.py"), *arguments],
+        env=clean_environment(**({"TERM": "xterm-256color", "COLUMNS": ""} | settings)),
+        cwd=folder,
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+    )
+    os.close(follower)
+    shown = b""
+    with open(leader, "rb", buffering=0) as terminal, contextlib.suppress(OSError):  # EIO: nobody is left
+        while part := terminal.read(65536):
+            shown += part
+    return Ran(process.wait(30), shown.decode().replace("\r\n", "\n"), "")
+
+
+def columns_of(line: str) -> int:
+    """How many columns of a terminal a line takes, without its colours."""
+    width = 0
+    for character in re.sub(r"\x1b\[[0-9;]*m", "", line):
+        wide = unicodedata.east_asian_width(character) in "WF"
+        width += 0 if unicodedata.combining(character) else 2 if wide else 1
+    return width

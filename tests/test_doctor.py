@@ -348,9 +348,7 @@ def test_every_sentence_ends_somewhere_and_every_command_is_one():
 
 def test_it_starts_without_what_it_does_not_need(tmp_path):
     """The one who mends must work where a package is missing."""
-    code = (
-        "import sys; sys.modules['gevent'] = sys.modules['flask_sock'] = None; import monitor; monitor.main()"
-    )
+    code = "import sys; sys.modules['gevent'] = sys.modules['wsproto'] = None; import monitor; monitor.main()"
     environment = clean_environment(MONITOR_SERVER="http://127.0.0.1:9", PYTHONPATH=str(ROOT))
     ran = subprocess.run(
         [sys.executable, "-c", code, "doctor"],

@@ -29,9 +29,7 @@ OTHERS = {
     path: monitor.version_key(version)[:2] for path, version in OTHERS.items() if os.access(path, os.X_OK)
 }
 PYTHONS = {sys.version_info[:2]: sys.executable} | {version: path for path, version in OTHERS.items()}
-PACKAGES = {"blinker", "certifi", "charset_normalizer", "click", "flask", "flask_sock", "h11", "idna"}
-PACKAGES |= {"itsdangerous", "jinja2", "markupsafe", "requests", "simple_websocket", "urllib3", "werkzeug"}
-PACKAGES |= {"wsproto"}
+PACKAGES = {"blinker", "click", "flask", "h11", "itsdangerous", "jinja2", "markupsafe", "werkzeug", "wsproto"}
 
 
 def output(*command: object, status: int = 0, **settings: str) -> str:
