@@ -719,7 +719,7 @@ def test_starting_says_address_database_auth_mode_and_what_to_type_next(server):
 def test_what_it_says_to_type_next_can_be_typed(server):
     wait_until(lambda: "next" in server.output)
     typed = next(line for line in server.output.splitlines() if "next" in line).rpartition("type: ")[2]
-    typed = typed.replace("python ", f"{sys.executable} ", 1) if typed.startswith("python ") else typed
+    typed = typed.replace("python3 ", f"{sys.executable} ", 1) if typed.startswith("python3 ") else typed
     done = subprocess.run(
         typed, shell=True, env=clean_environment(), capture_output=True, text=True, timeout=30
     )

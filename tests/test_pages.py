@@ -671,6 +671,18 @@ def test_tool_calls_of_one_run_in_a_row_are_folded(server, worked):
     assert [each["id"] for each in opened.all("details") if "open" in each.attributes] == [details["id"]]
 
 
+def test_what_a_command_put_out_reads_as_it_stood_there(server, task):
+    output = "line 1\n  line 2: 'quoted' <b>"
+    seq = server.say(task, "make: exit status 2", level="error", data={"output": output})["seq"]
+    quiet = server.say(task, "make: exit status 0", data={"output": "all is well"})["seq"]
+    page = look(server, page_of(task))
+    rows = {item["id"]: item for item in page.all("li") if item["id"]}
+    assert rows[f"u{seq}"].all("pre")[0].raw == output
+    folds = [next(iter(rows[f"u{n}"].all("details"))) for n in (seq, quiet)]
+    assert [fold.all("summary")[0].text for fold in folds] == ["output", "output"]
+    assert ["open" in fold.attributes for fold in folds] == [True, False]  # of a failure it is what one wants
+
+
 def test_a_tag_leads_to_the_updates_that_have_it(server, worked):
     task, _ = worked
     page = look(server, page_of(task))
