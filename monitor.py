@@ -4968,24 +4968,23 @@ def hooks_in(text: str) -> dict[str, list]:
     return hooks
 
 
-def split_entries(entries: list) -> tuple[list, list]:
-    """The entries that came from us, and the others; a group that holds both is in both, with its share."""
-    sides: tuple[list, list] = ([], [])
+def entries_of(entries: list, ours: bool) -> list:
+    """The entries that came from us, or the others; a group that holds both is in both, with its share."""
+    found: list = []
     for entry in entries:
         group = entry.get("hooks") if isinstance(entry, dict) else None
         if group and isinstance(group, list):
-            for side, part in zip(sides, split_entries(group), strict=True):
-                side += [entry | {"hooks": part}] if part else []
-        else:
-            written = json.dumps(entry)
-            sides[not any(mark in written for mark in HOOK_MARKS)].append(entry)
-    return sides
+            part = entries_of(group, ours)
+            found += [entry | {"hooks": part}] if part else []
+        elif any(mark in json.dumps(entry) for mark in HOOK_MARKS) == ours:
+            found.append(entry)
+    return found
 
 
 def our_hooks(text: str | None) -> Hooks:
     """The entries in a settings text that came from us."""
     hooks = hooks_in(text or "")
-    return [(event, entry) for event in hooks for entry in split_entries(hooks[event])[0]]
+    return [(event, entry) for event in hooks for entry in entries_of(hooks[event], ours=True)]
 
 
 def with_hooks(text: str | None, wanted: Hooks, agent: str) -> str:
@@ -4995,10 +4994,9 @@ def with_hooks(text: str | None, wanted: Hooks, agent: str) -> str:
     text = text if text and text.strip() else hook_agents()[agent].get("frame", "{}\n")
     if sorted(our_hooks(text), key=str) == sorted(wanted, key=str):
         return text
-    old, hooks = hooks_in(text), {}
-    for event, entries in old.items():
-        theirs = split_entries(entries)[1]
-        hooks |= {event: theirs} if theirs or not entries else {}
+    old = hooks_in(text)
+    theirs = {event: entries_of(entries, ours=False) for event, entries in old.items()}
+    hooks = {event: theirs[event] for event in old if theirs[event] or not old[event]}
     for event, entry in wanted:
         hooks.setdefault(event, []).append(entry)
     return put_hooks(text, hooks)
@@ -5022,21 +5020,27 @@ def put_hooks(text: str, hooks: dict[str, list]) -> str:
         kept = text[lead : found.start()].removeprefix(",").rstrip()
         return text[:lead] + kept + ("" if re.match(r"\s*\n", text[end:]) else newline) + text[end:]
     comma = "," if last > plain.index("{") + 1 else ""
-    rest = re.search(r"\s*$", text[last:close])[0]
-    comment = text[last : close - len(rest)]
+    comment = text[last:close].rstrip()
+    rest = text[last + len(comment) : close]
     rest = rest if "\n" in rest else newline
     return f'{text[:last]}{comma}{comment}{newline}{unit}"hooks": {written}{rest}{text[close:]}'
+
+
+def hook_path(agent: str, project: bool) -> str:
+    """The settings file of an agent: the user's, or that in this repository."""
+    row = hook_agents()[agent]
+    if not project:
+        return f"{os.path.expanduser(os.environ.get(row.get('home', '')) or row['folder'])}/{row['file']}"
+    upward = (Path.cwd(), *Path.cwd().parents)
+    repository = next((place for place in upward if (place / ".git").exists()), upward[0])
+    return f"{repository}/{row['project']}"
 
 
 class HookFile:
     """An agent's settings file: its text (None: no file), and our entries in it."""
 
     def __init__(self, agent: str, project: bool):
-        self.agent, self.row = agent, hook_agents()[agent]
-        folder = os.path.expanduser(os.environ.get(self.row.get("home", "")) or self.row["folder"])
-        here = [place for place in (Path.cwd(), *Path.cwd().parents) if (place / ".git").exists()]
-        repository = [*here, Path.cwd()][0]
-        self.name = f"{repository}/{self.row['project']}" if project else f"{folder}/{self.row['file']}"
+        self.agent, self.name = agent, hook_path(agent, project)
         self.path = os.path.realpath(self.name)
         self.backup = f"{self.path}.monitor-backup"
         self.text = self.read(self.path)
@@ -5047,7 +5051,7 @@ class HookFile:
         try:
             text = Path(path).read_bytes().decode()
             hooks_in(text)
-            if not self.row.get("comments") and text.strip():
+            if not hook_agents()[self.agent].get("comments") and text.strip():
                 json.loads(text.removeprefix("\ufeff"))
             return text
         except FileNotFoundError:
@@ -5100,10 +5104,10 @@ def new_file(path: str, mode: int = 0o600) -> Iterator[io.BufferedWriter]:
 
 def check_hooks(agent: str, project: bool, seconds: int = 20) -> dict[str, Any]:
     """What a settings file holds of us: events, server, and whether that is what we would install now."""
-    row: dict[str, Any] = {"agent": agent, "installed": False}
+    row: dict[str, Any] = {"agent": agent, "installed": False, "file": hook_path(agent, project)}
     try:
         file = HookFile(agent, project)
-        row |= {"installed": bool(file.ours), "file": file.name}
+        row["installed"] = bool(file.ours)
         if not file.ours:
             return {} if project else row
         version, written = agent_version(agent, seconds), json.dumps(file.ours)
@@ -5111,7 +5115,7 @@ def check_hooks(agent: str, project: bool, seconds: int = 20) -> dict[str, Any]:
         server = found[1] or found[2] if found else CLIENT_SETTINGS[0].default
         wanted = wanted_hooks(agent, server, version or "999.0", '"type": "http"' in written)
     except Problem as problem:
-        return row | {"file": problem.message, "problem": problem.message}
+        return row | {"problem": problem.message}
     row |= {"version": version, "events": [event for event, _ in file.ours], "server": server}
     same = all(hook in wanted for hook in file.ours) and (not version or len(file.ours) == len(wanted))
     old = f"old hooks in {file.name}; type: monitor hooks install {agent}"
@@ -5209,8 +5213,8 @@ def keep_event(server: str, key: str, event: bytes) -> str | None:
         return None
     os.umask(0o077)
     os.makedirs(folder, exist_ok=True)
-    Path(folder, f".{key}").write_bytes(event)
-    os.replace(f"{folder}/.{key}", f"{folder}/{key}.hook")
+    with new_file(f"{folder}/{key}.hook") as file:
+        file.write(event)
     return f"{folder}/{key}.hook"
 
 
