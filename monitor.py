@@ -5118,7 +5118,7 @@ def check_hooks(agent: str, project: bool, seconds: int = 20) -> dict[str, Any]:
         return row | {"problem": problem.message}
     row |= {"version": version, "events": [event for event, _ in file.ours], "server": server}
     same = all(hook in wanted for hook in file.ours) and (not version or len(file.ours) == len(wanted))
-    old = f"old hooks in {file.name}; type: monitor hooks install {agent}"
+    old = f"old hooks in {file.name}; type: monitor hooks install {agent}{' --project' * project}"
     return row if same else row | {"problem": old}
 
 
@@ -5320,8 +5320,9 @@ def hook_facts(server: str) -> Facts:
     found = check_agents(AGENTS, HOOK_SECONDS)
     rows = [row for row in found if row["installed"] or "problem" in row]
     for row in rows:
-        elsewhere = row.get("server", server) != server
-        yield "hooks", row | {"asked": server, "elsewhere": elsewhere, "count": len(row.get("events", ()))}
+        flags = ["--project"] * (row["file"] != hook_path(row["agent"], project=False))
+        facts = {"install": [row["agent"], *flags], "count": len(row.get("events", ())), "asked": server}
+        yield "hooks", row | facts | {"elsewhere": row.get("server", server) != server}
     if not rows:
         yield "hooks", {"none": True}
 
@@ -5364,7 +5365,8 @@ def findings(facts: Facts) -> Iterator[dict[str, str]]:
     for check, told in facts:
         level, _, sentence, mend = next(row for row in FINDINGS[check] if not row[1] or told.get(row[1]))
         finding = {"check": check, "level": level, "message": sentence.format(**told)}
-        words = {name: shlex.quote(str(value)) for name, value in told.items()}
+        lists = {name: value if isinstance(value, list) else [value] for name, value in told.items()}
+        words = {name: shlex.join(map(str, value)) for name, value in lists.items()}
         yield finding | ({"mend": mend.format(**words)} if mend else {})
 
 
