@@ -6206,10 +6206,6 @@ class Record:
         with contextlib.suppress(OSError):  # somebody has removed the folder that we are in
             self.fields["folder"] = os.getcwd()
 
-    def start(self) -> None:
-        """Tell that it has started."""
-        self.tell(f"started: {one_line(self.line)}", "command_start", "info", {})
-
     def end(self, status: int, seconds: float, output: bytes | None) -> None:
         """Tell how it has ended."""
         code = os.waitstatus_to_exitcode(status)
@@ -6473,7 +6469,7 @@ def run(run_task: str | None, new_title: str | None, no_output: bool, command: t
     os.close(spare)
     record = Record(task, new_title, command)
     child, begin = Child(command, no_output), time.monotonic()
-    background(record.start)
+    background(record.tell, f"started: {one_line(record.line)}", "command_start", "info", {})
     status = child.wait()
     told = (status, time.monotonic() - begin, None if no_output else bytes(child.kept))
     background(record.end, *told).join(RECORD_SECONDS)
@@ -6533,26 +6529,25 @@ def installed_files(names: Iterable[str], unpacked: str) -> dict[str, bytes]:
     return found
 
 
-def pack_plain(folder: str, target: str) -> None:
+def pack_plain(folder: str, file: io.BufferedWriter) -> None:
     """Write a zip that Python runs as it is: source, and beside it byte code of this Python."""
     import subprocess
     import zipfile
 
     # In a process apart: the bytes of byte code depend on what else a process knows.
-    words = f"{sys.executable} -ISm compileall -q -b --invalidation-mode unchecked-hash -s".split()
-    subprocess.run([*words, folder, folder], check=True)  # noqa: S603 (our own words)
-    with new_file(target, 0o755) as file:
-        file.write(b"#!/usr/bin/env python3\n")
-        with zipfile.ZipFile(file, "w") as archive:
-            for path in sorted(Path(folder).rglob("*")):
-                # Folders too: without theirs, Python 3.12 finds no packages that have no __init__.py.
-                entry = zipfile.ZipInfo(f"{path.relative_to(folder)}{'/' * path.is_dir()}")  # of 1980
-                entry.external_attr = (0o40755 if path.is_dir() else 0o100644) << 16
-                content = b"" if path.is_dir() else path.read_bytes()
-                archive.writestr(entry, content, zipfile.ZIP_DEFLATED, 9)
+    compiler = [sys.executable, "-ISm", "compileall", "-q", "-b", "--invalidation-mode", "unchecked-hash"]
+    subprocess.run([*compiler, "-s", folder, folder], check=True)  # noqa: S603 (our own words)
+    file.write(b"#!/usr/bin/env python3\n")
+    with zipfile.ZipFile(file, "w") as archive:
+        for path in sorted(Path(folder).rglob("*")):
+            # Folders too: without theirs, Python 3.12 finds no packages that have no __init__.py.
+            entry = zipfile.ZipInfo(f"{path.relative_to(folder)}{'/' * path.is_dir()}")  # of 1980
+            entry.external_attr = (0o40755 if path.is_dir() else 0o100644) << 16
+            content = b"" if path.is_dir() else path.read_bytes()
+            archive.writestr(entry, content, zipfile.ZIP_DEFLATED, 9)
 
 
-def pack_native(folder: str, target: str) -> None:
+def pack_native(folder: str, file: io.BufferedWriter) -> None:
     """Write a zip that unpacks itself into ~/.shiv, as machine code must be files."""
     try:
         from shiv.cli import main as shiv
@@ -6561,8 +6556,7 @@ def pack_native(folder: str, target: str) -> None:
     with tempfile.TemporaryDirectory() as made:
         words = ["--python", "/usr/bin/env python3", "--site-packages", folder, "--entry-point", "start:main"]
         shiv([*words, "--reproducible", "--output-file", f"{made}/monitor.pyz"], standalone_mode=False)
-        with new_file(target, 0o755) as file:
-            file.write(Path(made, "monitor.pyz").read_bytes())
+        file.write(Path(made, "monitor.pyz").read_bytes())
 
 
 @command("pack", "packed native")
@@ -6579,11 +6573,11 @@ def pack(packed: str, native: bool) -> None:
     try:
         files = our_files() | installed_files(names, unpacked)
         files["start.py" if native else "__main__.py"] = asset("templates", "start.py")
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, new_file(target, 0o755) as file:
             for name, content in files.items():
                 Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
                 Path(folder, name).write_bytes(content)
-            (pack_native if native else pack_plain)(folder, target)
+            (pack_native if native else pack_plain)(folder, file)
     except OSError as error:
         raise invalid(f"cannot pack into {packed}: {error.strerror or error}") from None
     show({"file": target, "bytes": os.path.getsize(target)})
