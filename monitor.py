@@ -6208,8 +6208,8 @@ class Record:
 
     def end(self, status: int, seconds: float, output: bytes | None) -> None:
         """Tell how it has ended."""
-        code = os.waitstatus_to_exitcode(status)
-        how = f"exit status {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+        code, names = os.waitstatus_to_exitcode(status), {number: number.name for number in signal.Signals}
+        how = f"exit status {code}" if code >= 0 else f"killed by {names.get(-code, f'signal {-code}')}"
         kinds = filter(None, map(JOB_KINDS.get, shell_jobs(steps(self.line))))
         data = {"exit_status": code if code >= 0 else 128 - code, "duration_ms": int(seconds * 1000)}
         data |= {} if output is None else {"output": last_words(output)}
