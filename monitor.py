@@ -6274,8 +6274,8 @@ class Terminal:
                     time.sleep(0.2)
                     continue
                 select.select([0], [], [])
-                with self.lock:  # not while we stop or end: then it is for somebody else
-                    typed = os.read(0, 4096) if self.lend(True) else b""
+                with self.lock:  # not while we stop or end: then it is for somebody else, who has read it
+                    typed = os.read(0, 4096) if self.lend(True) and can_read(0, 0) else b""
                 write_whole(self.master, typed)
 
     def stop(self) -> None:
@@ -6294,6 +6294,11 @@ class Terminal:
         with self.lock:
             self.lend(False)
             self.over = True
+
+
+def can_read(descriptor: int, seconds: float) -> bool:
+    """Whether there is something to read, within some seconds."""
+    return bool(select.select([descriptor], [], [], seconds)[0])
 
 
 def has_keyboard() -> bool:
@@ -6400,9 +6405,7 @@ class Child:
         """Pass on what it puts out; after its end until nothing comes: what it left may hold on to that."""
         with contextlib.suppress(OSError):  # of a pseudo-terminal that nobody has any more
             # `over` comes with the end: then what there is, but no waiting for more.
-            while (
-                source in select.select([source, over], [], [])[0] or select.select([source], [], [], 0.1)[0]
-            ):
+            while source in select.select([source, over], [], [])[0] or can_read(source, 0.1):
                 data = os.read(source, 65536)
                 self.kept += data
                 del self.kept[:-OUTPUT_BYTES]
