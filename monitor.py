@@ -4899,7 +4899,6 @@ def on_signals(with_gevent: bool) -> threading.Event:
 HOOK_SECONDS = 2  # an agent waits for its hooks
 HOOK_MARKS = (": monitor-hook;", '"_monitor": true')  # our entries are known by one of them
 MAX_SPOOLED = 1000
-SPOOL_HEADERS = {"Content-Type": "application/vnd.monitor.hook"}
 UNTAKEN = (0, 401, *range(500, 600))  # nobody there, not let in, a server in trouble: the event is kept
 Hooks = list[tuple[str, dict[str, Any]]]  # (event, entry), as in an agent's settings
 
@@ -4936,14 +4935,10 @@ def agent_version(agent: str, seconds: int = 20) -> str | None:
     """The version of an agent's program; None where it cannot be told."""
     import subprocess
 
-    ask = {
-        "args": [hook_agents()[agent]["program"], "--version"],
-        "stdin": subprocess.DEVNULL,
-        "timeout": seconds,
-    }
+    program = [hook_agents()[agent]["program"], "--version"]
+    how = {"stdin": subprocess.DEVNULL, "capture_output": True, "encoding": "utf-8", "timeout": seconds}
     with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
-        told = subprocess.run(**ask, capture_output=True, encoding="utf-8").stdout
-        return ".".join(map(str, version_key(told))) or None
+        return ".".join(map(str, version_key(subprocess.run(program, **how).stdout))) or None  # noqa: S603
 
 
 def wanted_hooks(agent: str, server: str, version: str | None, http: bool = False) -> Hooks:
@@ -4973,24 +4968,23 @@ def hooks_in(text: str) -> dict[str, list]:
     return hooks
 
 
-def split_entries(entries: list) -> tuple[list, list]:
-    """The entries that came from us, and the others; a group that holds both is in both, with its share."""
-    sides: tuple[list, list] = ([], [])
+def entries_of(entries: list, ours: bool) -> list:
+    """The entries that came from us, or the others; a group that holds both is in both, with its share."""
+    found: list = []
     for entry in entries:
         group = entry.get("hooks") if isinstance(entry, dict) else None
         if group and isinstance(group, list):
-            for side, part in zip(sides, split_entries(group), strict=True):
-                side += [entry | {"hooks": part}] if part else []
-        else:
-            written = json.dumps(entry)
-            sides[not any(mark in written for mark in HOOK_MARKS)].append(entry)
-    return sides
+            part = entries_of(group, ours)
+            found += [entry | {"hooks": part}] if part else []
+        elif any(mark in json.dumps(entry) for mark in HOOK_MARKS) == ours:
+            found.append(entry)
+    return found
 
 
 def our_hooks(text: str | None) -> Hooks:
     """The entries in a settings text that came from us."""
     hooks = hooks_in(text or "")
-    return [(event, entry) for event in hooks for entry in split_entries(hooks[event])[0]]
+    return [(event, entry) for event in hooks for entry in entries_of(hooks[event], ours=True)]
 
 
 def with_hooks(text: str | None, wanted: Hooks, agent: str) -> str:
@@ -5000,10 +4994,9 @@ def with_hooks(text: str | None, wanted: Hooks, agent: str) -> str:
     text = text if text and text.strip() else hook_agents()[agent].get("frame", "{}\n")
     if sorted(our_hooks(text), key=str) == sorted(wanted, key=str):
         return text
-    old, hooks = hooks_in(text), {}
-    for event, entries in old.items():
-        theirs = split_entries(entries)[1]
-        hooks |= {event: theirs} if theirs or not entries else {}
+    old = hooks_in(text)
+    theirs = {event: entries_of(entries, ours=False) for event, entries in old.items()}
+    hooks = {event: theirs[event] for event in old if theirs[event] or not old[event]}
     for event, entry in wanted:
         hooks.setdefault(event, []).append(entry)
     return put_hooks(text, hooks)
@@ -5027,21 +5020,27 @@ def put_hooks(text: str, hooks: dict[str, list]) -> str:
         kept = text[lead : found.start()].removeprefix(",").rstrip()
         return text[:lead] + kept + ("" if re.match(r"\s*\n", text[end:]) else newline) + text[end:]
     comma = "," if last > plain.index("{") + 1 else ""
-    rest = re.search(r"\s*$", text[last:close])[0]
-    comment = text[last : close - len(rest)]
+    comment = text[last:close].rstrip()
+    rest = text[last + len(comment) : close]
     rest = rest if "\n" in rest else newline
     return f'{text[:last]}{comma}{comment}{newline}{unit}"hooks": {written}{rest}{text[close:]}'
+
+
+def hook_path(agent: str, project: bool) -> str:
+    """The settings file of an agent: the user's, or that in this repository."""
+    row = hook_agents()[agent]
+    if not project:
+        return f"{os.path.expanduser(os.environ.get(row.get('home', '')) or row['folder'])}/{row['file']}"
+    upward = (Path.cwd(), *Path.cwd().parents)
+    repository = next((place for place in upward if (place / ".git").exists()), upward[0])
+    return f"{repository}/{row['project']}"
 
 
 class HookFile:
     """An agent's settings file: its text (None: no file), and our entries in it."""
 
     def __init__(self, agent: str, project: bool):
-        self.agent, self.row = agent, hook_agents()[agent]
-        folder = os.path.expanduser(os.environ.get(self.row.get("home", "")) or self.row["folder"])
-        here = [place for place in (Path.cwd(), *Path.cwd().parents) if (place / ".git").exists()]
-        repository = [*here, Path.cwd()][0]
-        self.name = f"{repository}/{self.row['project']}" if project else f"{folder}/{self.row['file']}"
+        self.agent, self.name = agent, hook_path(agent, project)
         self.path = os.path.realpath(self.name)
         self.backup = f"{self.path}.monitor-backup"
         self.text = self.read(self.path)
@@ -5052,7 +5051,7 @@ class HookFile:
         try:
             text = Path(path).read_bytes().decode()
             hooks_in(text)
-            if not self.row.get("comments") and text.strip():
+            if not hook_agents()[self.agent].get("comments") and text.strip():
                 json.loads(text.removeprefix("\ufeff"))
             return text
         except FileNotFoundError:
@@ -5105,10 +5104,10 @@ def new_file(path: str, mode: int = 0o600) -> Iterator[io.BufferedWriter]:
 
 def check_hooks(agent: str, project: bool, seconds: int = 20) -> dict[str, Any]:
     """What a settings file holds of us: events, server, and whether that is what we would install now."""
-    row: dict[str, Any] = {"agent": agent, "installed": False}
+    row: dict[str, Any] = {"agent": agent, "installed": False, "file": hook_path(agent, project)}
     try:
         file = HookFile(agent, project)
-        row |= {"installed": bool(file.ours), "file": file.name}
+        row["installed"] = bool(file.ours)
         if not file.ours:
             return {} if project else row
         version, written = agent_version(agent, seconds), json.dumps(file.ours)
@@ -5116,11 +5115,21 @@ def check_hooks(agent: str, project: bool, seconds: int = 20) -> dict[str, Any]:
         server = found[1] or found[2] if found else CLIENT_SETTINGS[0].default
         wanted = wanted_hooks(agent, server, version or "999.0", '"type": "http"' in written)
     except Problem as problem:
-        return row | {"file": problem.message, "problem": problem.message}
+        return row | {"problem": problem.message}
     row |= {"version": version, "events": [event for event, _ in file.ours], "server": server}
     same = all(hook in wanted for hook in file.ours) and (not version or len(file.ours) == len(wanted))
-    old = f"old hooks in {file.name}; type: monitor hooks install {agent}"
+    old = f"old hooks in {file.name}; type: monitor hooks install {agent}{' --project' * project}"
     return row if same else row | {"problem": old}
+
+
+def check_agents(agents: Iterable[str], seconds: int = 20) -> list[dict[str, Any]]:
+    """What a check finds of agents, for the user and in this repository; at home, both files are one."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(2 * len(AGENTS)) as pool:  # some agents take seconds to tell their version
+        pairs = itertools.product(agents, (False, True))
+        found = pool.map(lambda pair: check_hooks(*pair, seconds), pairs)
+        return list({row["file"]: row for row in found if row}.values())
 
 
 # What templates/hook.sh does, for shells without curl.
@@ -5151,6 +5160,13 @@ def request(server: str, token: str, method: str, path: str, body=None, headers=
     return response
 
 
+def background(work: Callable, *given: Any) -> threading.Thread:
+    """A thread that works, until we end at the latest."""
+    thread = threading.Thread(target=work, args=given, daemon=True)
+    thread.start()
+    return thread
+
+
 def exchange(server: str, token: str, method: str, path: str, body=None, headers=None) -> tuple:
     """Ask within two seconds in all; status (0: no answer), body of a GET, Date."""
     import http.client
@@ -5163,15 +5179,14 @@ def exchange(server: str, token: str, method: str, path: str, body=None, headers
                 whole = response.read(MAX_BODY) if method == "GET" else b""
                 answered[0] = response.status, whole, response.getheader("Date", "")
 
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(HOOK_SECONDS)
+    background(ask).join(HOOK_SECONDS)
     return answered[0]
 
 
-def post_hook(server: str, token: str, place: str, body: bytes, headers: dict[str, str]) -> int:
-    """Post a hook; the status, 0 without an answer."""
-    return exchange(server, token, "POST", f"/api/hooks/{place}", body, headers)[0]
+def post_spooled(server: str, token: str, event: bytes = b"") -> int:
+    """Post an event of the spool; the status, 0 without an answer. To no event at all Monitor says 400."""
+    headers = {"Content-Type": "application/vnd.monitor.hook"}
+    return exchange(server, token, "POST", "/api/hooks/spooled", event, headers)[0]
 
 
 def trouble_of(server: str, status: int, told: Any = None) -> Problem:
@@ -5198,8 +5213,8 @@ def keep_event(server: str, key: str, event: bytes) -> str | None:
         return None
     os.umask(0o077)
     os.makedirs(folder, exist_ok=True)
-    Path(folder, f".{key}").write_bytes(event)
-    os.replace(f"{folder}/.{key}", f"{folder}/{key}.hook")
+    with new_file(f"{folder}/{key}.hook") as file:
+        file.write(event)
     return f"{folder}/{key}.hook"
 
 
@@ -5207,8 +5222,8 @@ def send_hook(server: str, token: str, agent: str, event: str, body: bytes) -> b
     """Post a payload, or keep it in the spool; whether it is now time to empty the spool."""
     key, task = str(uuid.uuid4()), " ".join(os.environ.get("MONITOR_TASK_ID", "").split())
     headers = {"Content-Type": "application/json", "X-Monitor-Task": task, "Idempotency-Key": key}
-    place = f"{agent}?event={quoted(event)}" if event else agent
-    status = post_hook(server, token, place, body, headers)
+    path = f"/api/hooks/{agent}?event={quoted(event)}" if event else f"/api/hooks/{agent}"
+    status = exchange(server, token, "POST", path, body, headers)[0]
     if status in UNTAKEN:
         keep_event(server, key, spool_head(agent, event, task, key) + body)
     return bool(200 <= status < 300 and spooled(spool_folder(server)))
@@ -5219,7 +5234,7 @@ def flush_spool(server: str, token: str) -> tuple[int, int, int]:
     sent = refused = status = 0
     for path in spooled(spool_folder(server)):
         with contextlib.suppress(FileNotFoundError):  # somebody else has sent it
-            status = post_hook(server, token, "spooled", Path(path).read_bytes(), SPOOL_HEADERS)
+            status = post_spooled(server, token, Path(path).read_bytes())
             if status in UNTAKEN or 300 <= status < 400:  # a redirect: not Monitor
                 break
             os.unlink(path)
@@ -5257,8 +5272,7 @@ def server_facts(server: str, token: str, health: dict[str, Any]) -> Facts:
     facts |= {"sick": facts["writer"] != "ok", "other": facts["version"] not in ("?", __version__)}
     yield "server", facts
     if ours:
-        no_event = post_hook(server, token, "spooled", b"", SPOOL_HEADERS)  # it must say 400
-        yield "token", facts | {"refused": "version" not in health or no_event != 400}
+        yield "token", facts | {"refused": "version" not in health or post_spooled(server, token) != 400}
         with contextlib.suppress(ValueError, TypeError):
             seconds = abs(parsedate_to_datetime(date).timestamp() - time.time())
             yield "clock", {"seconds": seconds, "skewed": seconds > SKEW_SECONDS}
@@ -5268,14 +5282,9 @@ def database_facts(path: str, served: bool) -> Facts:
     """The file and its disk. One that was not closed is left alone where no server has it open: to read it
     would change it."""
     size, wal = (os.path.getsize(each) if os.path.exists(each) else 0 for each in (path, f"{path}-wal"))
-    facts = {
-        "path": path,
-        "size": size,
-        "wal": wal,
-        "none": not os.path.exists(path),
-        "left": wal and not served,
-    }
-    if not facts["none"] and not facts["left"]:
+    none, left = not os.path.exists(path), wal and not served
+    facts: dict[str, Any] = {"path": path, "size": size, "wal": wal, "none": none, "left": left}
+    if not none and not left:
         try:
             found = quick_check(path, HOOK_SECONDS) if stored_version(path) else "ok"
             facts |= {"broken": found if found != "ok" else "", "slow": not found}
@@ -5298,25 +5307,22 @@ def version_facts(sqlite: str) -> Facts:
     number = version_key(sqlite)
     yield "sqlite", {"version": sqlite, "old": number < (3, 37), "reset": number < (3, 51, 3)}
     for name, least in PACKAGES.items():
-        there, version = importlib.util.find_spec(name.replace("-", "_")), ""
+        missing, version = importlib.util.find_spec(name.replace("-", "_")) is None, ""
         with contextlib.suppress(metadata.PackageNotFoundError):  # in a zip a package has none
             version = metadata.version(name)
-        facts = python | {"name": name, "least": least, "version": version, "wanted": f"{name}>={least}"}
-        old = version and version_key(version) < version_key(least)
-        yield "packages", facts | {"missing": not there, "old": old, "gevent": not there and name == "gevent"}
+        facts = {"name": name, "least": least, "version": version, "wanted": f"{name}>={least}"}
+        facts |= {"missing": missing, "gevent": missing and name == "gevent"}
+        yield "packages", python | facts | {"old": version and version_key(version) < version_key(least)}
 
 
 def hook_facts(server: str) -> Facts:
     """The hooks of each agent, for the user and in this repository."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(2 * len(AGENTS)) as pool:
-        pairs = itertools.product(AGENTS, (False, True))
-        found = pool.map(lambda pair: check_hooks(*pair, HOOK_SECONDS), pairs)
-        rows = {row["file"]: row for row in found if row.get("installed") or "problem" in row}
-    for row in rows.values():
-        elsewhere = row.get("server", server) != server
-        yield "hooks", row | {"asked": server, "elsewhere": elsewhere, "count": len(row.get("events", ()))}
+    found = check_agents(AGENTS, HOOK_SECONDS)
+    rows = [row for row in found if row["installed"] or "problem" in row]
+    for row in rows:
+        flags = ["--project"] * (row["file"] != hook_path(row["agent"], project=False))
+        facts = {"install": [row["agent"], *flags], "count": len(row.get("events", ())), "asked": server}
+        yield "hooks", row | facts | {"elsewhere": row.get("server", server) != server}
     if not rows:
         yield "hooks", {"none": True}
 
@@ -5324,10 +5330,8 @@ def hook_facts(server: str) -> Facts:
 def folder_facts(server: str) -> Facts:
     """What waits in the spool, and who can read what is kept for the user."""
     folder, home = spool_folder(server), os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    waiting, there = (
-        spooled(folder),
-        next(filter(os.path.exists, map(str, [folder or "/", *Path(folder or "/").parents]))),
-    )
+    place, waiting = Path(folder or "/"), spooled(folder)
+    there = next(filter(os.path.exists, (place, *place.parents)))
     facts = {"off": folder is None, "folder": folder, "there": there, "waiting": len(waiting)}
     facts |= {"closed": not os.access(there, os.W_OK | os.X_OK), "full": len(waiting) >= MAX_SPOOLED}
     with contextlib.suppress(OSError, IndexError):
@@ -5361,7 +5365,8 @@ def findings(facts: Facts) -> Iterator[dict[str, str]]:
     for check, told in facts:
         level, _, sentence, mend = next(row for row in FINDINGS[check] if not row[1] or told.get(row[1]))
         finding = {"check": check, "level": level, "message": sentence.format(**told)}
-        words = {name: shlex.quote(str(value)) for name, value in told.items()}
+        lists = {name: value if isinstance(value, list) else [value] for name, value in told.items()}
+        words = {name: shlex.join(map(str, value)) for name, value in lists.items()}
         yield finding | ({"mend": mend.format(**words)} if mend else {})
 
 
@@ -5883,7 +5888,7 @@ def stored(told: dict[str, Any]) -> None:
 def server_for(database: str | None, at_rest: bool = True) -> Iterator[Callable]:
     """What asks the server at --server or, where none answers or a file is named, a database at rest: this
     process serves it for as long as the command takes, behind a token that nobody knows."""
-    if not at_rest or (database is None and post_hook(*target(), "spooled", b"", SPOOL_HEADERS)):
+    if not at_rest or (database is None and post_spooled(*target())):
         yield functools.partial(ask, *target())
         return
     token = secrets.token_hex()
@@ -6194,30 +6199,24 @@ class Record:
     """What is told of a command: to the server, or to the spool until it answers."""
 
     def __init__(self, task: str | None, title: str | None, words: tuple[str, ...]):
-        self.server, self.token = target()
+        (self.server, self.token), self.trouble = target(), ""
         self.task, self.line = task or "", spoken(words)
         program = one_line(PurePath(words[0]).name, 100) or "command"
         self.fields: dict[str, Any] = {"source": f"run:{program}-{secrets.token_hex(4)}", "name": title}
         with contextlib.suppress(OSError):  # somebody has removed the folder that we are in
             self.fields["folder"] = os.getcwd()
-        self.trouble = ""
-
-    def start(self) -> None:
-        """Tell that it has started."""
-        self.tell(f"started: {one_line(self.line)}", kind="command_start", level="info")
 
     def end(self, status: int, seconds: float, output: bytes | None) -> None:
         """Tell how it has ended."""
-        code = os.waitstatus_to_exitcode(status)
-        how = f"exit status {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
-        kinds = [JOB_KINDS[job] for job in shell_jobs(steps(self.line)) if job in JOB_KINDS]
+        code, names = os.waitstatus_to_exitcode(status), {number: number.name for number in signal.Signals}
+        how = f"exit status {code}" if code >= 0 else f"killed by {names.get(-code, f'signal {-code}')}"
+        kinds = filter(None, map(JOB_KINDS.get, shell_jobs(steps(self.line))))
         data = {"exit_status": code if code >= 0 else 128 - code, "duration_ms": int(seconds * 1000)}
         data |= {} if output is None else {"output": last_words(output)}
         message = f"{one_line(self.line)}: {how} after {seconds:,.1f} s"
-        kind, level = [*kinds, "command_end"][0], "error" if code else "info"
-        self.tell(message, kind=kind, level=level, **data)
+        self.tell(message, next(kinds, "command_end"), "error" if code else "info", data)
 
-    def tell(self, message: str, kind: str, level: str, **data: Any) -> None:
+    def tell(self, message: str, kind: str, level: str, data: dict[str, Any]) -> None:
         """Send an update, after what waits in the spool; sets `trouble` to what is wrong."""
         key, data = str(uuid.uuid4()), {"command": self.line, "folder": self.fields.get("folder")} | data
         update = self.fields | {"message": message, "kind": kind, "level": level, "data": data}
@@ -6227,10 +6226,8 @@ class Record:
             kept = keep_event(self.server, key, event)
         then = "what there is to record of this command waits for it" if kept else "nothing is recorded"
         self.trouble = f"no answer from {self.server}; {then}"  # until there is one
-        if kept:
-            status = flush_spool(self.server, self.token)[2]
-        else:
-            status = post_hook(self.server, self.token, "spooled", event, SPOOL_HEADERS)
+        to = (self.server, self.token)
+        status = flush_spool(*to)[2] if kept else post_spooled(*to, event)
         if os.path.exists(kept) if kept else status in UNTAKEN:
             self.trouble = f"{trouble_of(self.server, status).message}; {then}"
         else:
@@ -6277,8 +6274,8 @@ class Terminal:
                     time.sleep(0.2)
                     continue
                 select.select([0], [], [])
-                with self.lock:  # not while we stop or end: then it is for somebody else
-                    typed = os.read(0, 4096) if self.lend(True) else b""
+                with self.lock:  # not while we stop or end: then it is for somebody else, who has read it
+                    typed = os.read(0, 4096) if self.lend(True) and can_read(0, 0) else b""
                 write_whole(self.master, typed)
 
     def stop(self) -> None:
@@ -6323,24 +6320,23 @@ class Child:
         for number in () if silent else (1, 2):
             if os.isatty(number):
                 self.terminal = self.terminal or Terminal(number, self.whole)
-                self.sources[self.terminal.master] = self.terminal.number
-                self.outputs |= {} if self.whole else {number: self.terminal.slave}
+                source, self.outputs[number] = self.terminal.master, self.terminal.slave
             else:
                 source, self.outputs[number] = os.pipe()
-                self.sources[source] = number
+            self.sources.setdefault(source, number)
         self.awaited = FORWARDED | {signal.SIGCHLD} | ({signal.SIGTSTP} if self.whole else set())
         for number in (signal.SIGCHLD, signal.SIGWINCH):
             signal.signal(number, lambda *_: None)  # what is ignored may never arrive
         self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*self.awaited, signal.SIGTTOU, signal.SIGWINCH})
         self.number = os.fork() or self.become()
-        for descriptor in {*self.outputs.values(), *([self.terminal.slave] if self.terminal else [])}:
+        for descriptor in set(self.outputs.values()):
             os.close(descriptor)
 
     def become(self) -> int:
         """Be the command, in a process of its own."""
         try:
             if self.whole:
-                os.login_tty(self.terminal.slave)
+                os.login_tty(os.dup(self.terminal.slave))
             for number, descriptor in self.outputs.items():
                 os.dup2(descriptor, number)
             if self.whole:
@@ -6377,13 +6373,10 @@ class Child:
     def wait(self) -> int:
         """Wait for its end, its status, with all that it puts out passed on and the end of that kept."""
         over, ended = os.pipe()
-        passing = [(*each, over) for each in self.sources.items()]
-        relays = [threading.Thread(target=self.relay, args=each, daemon=True) for each in passing]
         if self.whole:
             self.terminal.lend(True)  # before anything comes
-            threading.Thread(target=self.terminal.type, daemon=True).start()
-        for thread in relays:
-            thread.start()
+            background(self.terminal.type)
+        relays = [background(self.relay, source, to, over) for source, to in self.sources.items()]
         try:
             watched = self.awaited | ({signal.SIGWINCH} if self.terminal else set())
             return wait_for(self.number, watched, self.forward, self.stopped)
@@ -6479,12 +6472,10 @@ def run(run_task: str | None, new_title: str | None, no_output: bool, command: t
     os.close(spare)
     record = Record(task, new_title, command)
     child, begin = Child(command, no_output), time.monotonic()
-    threading.Thread(target=record.start, daemon=True).start()
+    background(record.tell, f"started: {one_line(record.line)}", "command_start", "info", {})
     status = child.wait()
     told = (status, time.monotonic() - begin, None if no_output else bytes(child.kept))
-    last = threading.Thread(target=record.end, args=told, daemon=True)
-    last.start()
-    last.join(RECORD_SECONDS)
+    background(record.end, *told).join(RECORD_SECONDS)
     if record.trouble and not quiet():
         with contextlib.suppress(OSError):  # the terminal is gone
             click.echo(f"monitor: {plain(record.trouble)}", err=True)
@@ -6522,8 +6513,7 @@ def installed_files(names: Iterable[str], unpacked: str) -> dict[str, bytes]:
     so that what is packed can be packed again; Problem names what is missing."""
     from importlib import metadata
 
-    found: dict[str, bytes] = {}
-    missing, wanted = [], [*names]
+    found, missing, wanted = {}, [], [*names]
     for name in wanted:  # grows
         try:
             package = metadata.distribution(name)
@@ -6542,26 +6532,25 @@ def installed_files(names: Iterable[str], unpacked: str) -> dict[str, bytes]:
     return found
 
 
-def pack_plain(folder: str, target: str) -> None:
+def pack_plain(folder: str, file: io.BufferedWriter) -> None:
     """Write a zip that Python runs as it is: source, and beside it byte code of this Python."""
     import subprocess
     import zipfile
 
     # In a process apart: the bytes of byte code depend on what else a process knows.
-    words = f"{sys.executable} -ISm compileall -q -b --invalidation-mode unchecked-hash -s".split()
-    subprocess.run([*words, folder, folder], check=True)  # noqa: S603 (our own words)
-    with new_file(target, 0o755) as file:
-        file.write(b"#!/usr/bin/env python3\n")
-        with zipfile.ZipFile(file, "w") as archive:
-            for path in sorted(Path(folder).rglob("*")):
-                # Folders too: without theirs, Python 3.12 finds no packages that have no __init__.py.
-                entry = zipfile.ZipInfo(f"{path.relative_to(folder)}{'/' * path.is_dir()}")  # of 1980
-                entry.external_attr = (0o40755 if path.is_dir() else 0o100644) << 16
-                content = b"" if path.is_dir() else path.read_bytes()
-                archive.writestr(entry, content, zipfile.ZIP_DEFLATED, 9)
+    compiler = [sys.executable, "-ISm", "compileall", "-q", "-b", "--invalidation-mode", "unchecked-hash"]
+    subprocess.run([*compiler, "-s", folder, folder], check=True)  # noqa: S603 (our own words)
+    file.write(b"#!/usr/bin/env python3\n")
+    with zipfile.ZipFile(file, "w") as archive:
+        for path in sorted(Path(folder).rglob("*")):
+            # Folders too: without theirs, Python 3.12 finds no packages that have no __init__.py.
+            entry = zipfile.ZipInfo(f"{path.relative_to(folder)}{'/' * path.is_dir()}")  # of 1980
+            entry.external_attr = (0o40755 if path.is_dir() else 0o100644) << 16
+            content = b"" if path.is_dir() else path.read_bytes()
+            archive.writestr(entry, content, zipfile.ZIP_DEFLATED, 9)
 
 
-def pack_native(folder: str, target: str) -> None:
+def pack_native(folder: str, file: io.BufferedWriter) -> None:
     """Write a zip that unpacks itself into ~/.shiv, as machine code must be files."""
     try:
         from shiv.cli import main as shiv
@@ -6570,8 +6559,7 @@ def pack_native(folder: str, target: str) -> None:
     with tempfile.TemporaryDirectory() as made:
         words = ["--python", "/usr/bin/env python3", "--site-packages", folder, "--entry-point", "start:main"]
         shiv([*words, "--reproducible", "--output-file", f"{made}/monitor.pyz"], standalone_mode=False)
-        with new_file(target, 0o755) as file:
-            file.write(Path(made, "monitor.pyz").read_bytes())
+        file.write(Path(made, "monitor.pyz").read_bytes())
 
 
 @command("pack", "packed native")
@@ -6588,11 +6576,11 @@ def pack(packed: str, native: bool) -> None:
     try:
         files = our_files() | installed_files(names, unpacked)
         files["start.py" if native else "__main__.py"] = asset("templates", "start.py")
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, new_file(target, 0o755) as file:
             for name, content in files.items():
                 Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
                 Path(folder, name).write_bytes(content)
-            (pack_native if native else pack_plain)(folder, target)
+            (pack_native if native else pack_plain)(folder, file)
     except OSError as error:
         raise invalid(f"cannot pack into {packed}: {error.strerror or error}") from None
     show({"file": target, "bytes": os.path.getsize(target)})
@@ -6862,17 +6850,12 @@ def hooks_remove(agent: str, project: bool) -> None:
 def hooks_check(agent: str | None) -> None:
     """Say which agents are plugged in. Are their hooks (or those of AGENT) up to date, and does the server
     answer?"""
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor() as pool:  # some agents take seconds to tell their version
-        pairs = itertools.product([agent] if agent else AGENTS, (False, True))
-        found = [row for row in pool.map(lambda pair: check_hooks(*pair), pairs) if row]
-    agents = list({row["file"]: row for row in found}.values())  # at home, both files are one
+    agents = check_agents([agent] if agent else AGENTS)
     problems = [row["problem"] for row in agents if "problem" in row]
     (server, token), installed = target(), [row["server"] for row in agents if row["installed"]]
     given = click.get_current_context().meta.get("monitor.MONITOR_SERVER") or os.environ.get("MONITOR_SERVER")
     server = installed[0] if installed and not given else server
-    status = post_hook(server, token, "spooled", b"", SPOOL_HEADERS)  # no event at all: it must say 400
+    status = post_spooled(server, token)
     problems += [trouble_of(server, status).message] if installed and status != 400 else []
     waiting = len(spooled(spool_folder(server)))
     show({"agents": agents, "server": server, "server_ok": status == 400, "spooled": waiting})

@@ -243,6 +243,17 @@ def test_the_hooks_of_agents(server, home):
     assert level(found, "hooks") == "warn"
 
 
+def test_hooks_in_a_repository_are_mended_there(server, home):
+    (home / "repository" / ".git").mkdir(parents=True)
+    with contextlib.chdir(home / "repository"):
+        on(server, "hooks", "install", "gemini", "--project", "--yes")
+        path = home / "repository" / ".gemini" / "settings.json"
+        path.write_text(path.read_text().replace("-m 2", "-m 9"))
+        (finding,) = look(on(server, "doctor"))["hooks"]
+    assert finding["mend"] == "monitor hooks install gemini --project"
+    assert finding["message"].endswith(f"old hooks in {path}; type: {finding['mend']}")
+
+
 def test_an_agent_that_never_tells_its_version_is_not_waited_for(server, home, monkeypatch):
     (home / "bin" / "claude").write_text("#!/bin/sh\nexec sleep 600\n")
     (home / "bin" / "claude").chmod(0o755)

@@ -244,6 +244,14 @@ def test_nothing_is_kept_where_that_is_switched_off_or_cannot_be(lonely, tmp_pat
     assert lonely.kept() == [] and sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
+def test_what_cannot_be_kept_whole_leaves_nothing_behind(lonely):
+    command = ["sh", "-c", 'ulimit -f 1; exec "$@"', "sh", *PROGRAM, "hook", "claude"]  # blocks: a full disk
+    environment = clean_environment(**lonely.settings)
+    done = subprocess.run(command, env=environment, input=b"x" * 5000, capture_output=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert [path for path in lonely.spool.rglob("*") if path.is_file()] == []
+
+
 @pytest.mark.parametrize("way", ("sh", "monitor hook"))
 def test_the_spool_lies_in_the_state_folder(lonely, tmp_path, way):
     name = "http___127.0.0.1_" + lonely.server.rpartition(":")[2]

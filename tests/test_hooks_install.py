@@ -533,6 +533,12 @@ def test_check_counts_what_waits_and_says_what_is_wrong(home, listener):
     assert "monitor hooks install gemini" in home.run("check", "gemini").stderr
 
 
+def test_check_names_a_file_that_it_cannot_read(home, listener):
+    path = home.write("claude", "no JSON")
+    (row,) = home.run("check", "claude", "--server", listener.url).json["agents"]
+    assert (row["installed"], row["file"]) == (False, str(path)) and str(path) in row["problem"]
+
+
 def test_check_knows_when_the_agent_was_updated(home, listener):
     home.agent("claude", "2.1.100")
     home.ok("install", "claude", "--server", listener.url)

@@ -142,6 +142,14 @@ def test_what_is_not_installed_is_named_with_what_to_type(tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_python_in_a_folder_with_a_blank_packs_too(tmp_path, monkeypatch):
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "python").symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "a b" / "python"))
+    ran = rig.command("pack", "--output", str(tmp_path / "monitor.pyz"))
+    assert (ran.status, ran.error) == (0, "")
+
+
 # Where it runs -------------------------------------------------------------------------------------------
 
 

@@ -173,6 +173,13 @@ def test_the_status_is_that_of_the_command_its_signal_too(run, words, status):
     assert run("--", *words).returncode == status
 
 
+def test_a_signal_without_a_name_is_recorded_by_its_number(run, server, task):
+    number = signal.SIGRTMIN + 3
+    done = run("--", "sh", "-c", f"kill -{number} $$")
+    assert (done.returncode, done.stderr) == (-number, b"")
+    assert f"killed by signal {number} after" in updates(server, task, 2)[1]["message"]
+
+
 def test_a_program_that_cannot_be_run_is_told_in_one_line(run):
     error = run("no-such-program").stderr.decode()
     assert error == "monitor: cannot run 'no-such-program': No such file or directory\n"
