@@ -4947,8 +4947,8 @@ def wanted_hooks(agent: str, server: str, version: str | None, http: bool = Fals
     known = version_key(version or row.get("assume"))
     if not re.fullmatch(r"https?://[\w.:/~%\[\]-]+", server, re.ASCII):
         raise invalid(f"{server!r} cannot stand in a hook; it must look like http://127.0.0.1:3000")
-    if http and ("http" not in row or known < version_key(row["http_since"])):
-        raise invalid(f"{agent} {version or ''} cannot post by itself; leave out --http")
+    if http and ("http" not in row or (version and known < version_key(row["http_since"]))):
+        raise invalid(f"{' '.join(filter(None, (agent, version)))} cannot post by itself; leave out --http")
     events = [event for event, (since, *_) in row["events"].items() if version_key(since) <= known]
     return [(event, hook_entry(agent, event, server, http)) for event in events]
 
@@ -5192,7 +5192,10 @@ def post_spooled(server: str, token: str, event: bytes = b"") -> int:
 def trouble_of(server: str, status: int, told: Any = None) -> Problem:
     """Why a server did not do what it was asked, from the status (0: none) and JSON that it answered."""
     if status == 0:
-        return Problem("unreachable", f"no server at {server}; start one with: monitor serve")
+        here = re.fullmatch(r"http://((?:127\.0\.0\.1|localhost):\d+)", server)
+        usual = not here or server == CLIENT_SETTINGS[0].default
+        start = "monitor serve" if usual else f"monitor serve --bind {here[1]}"
+        return Problem("unreachable", f"no server at {server}; start one with: {start}")
     told = told if isinstance(told, dict) and isinstance(told.get("message"), str) else {}
     if 200 <= status < 300 or (status != 401 and not told):
         return invalid(f"{server} does not answer like Monitor (status {status}); is it, and up to date?")

@@ -729,7 +729,7 @@ def test_on_a_pipe_an_agent_may_start_before_the_server_and_outlive_it(fresh, tm
             == "monitor"
         )
         assert len(pipe.ask(rpc("tools/list"))["result"]["tools"]) == 6
-        down = f"no server at {server.url}; start one with: monitor serve"
+        down = f"no server at {server.url}; start one with: monitor serve --bind 127.0.0.1:{server.port}"
         assert pipe.call("list_tasks") == {"content": [{"type": "text", "text": down}], "isError": True}
         for _ in range(2):
             server.start()
