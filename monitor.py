@@ -5382,14 +5382,22 @@ USER_KEYS = ("server", "servers", "token", "token_file", "output", "color")
 
 
 def quiet() -> bool:
-    """Whether --quiet stands on the command line, also on one that cannot be parsed."""
-    return bool({"--quiet", "--silent"} & set(sys.argv[1:]))
+    """Whether --quiet stands on the command line, also on one that cannot be parsed. Behind -- it is meant
+    for somebody else."""
+    ours = itertools.takewhile("--".__ne__, sys.argv[1:])
+    return not {"--quiet", "--silent"}.isdisjoint(ours)
 
 
 def plain(text: str) -> str:
     """Text for a terminal: control and bidi characters replaced, so that stored text cannot steer it."""
     odd = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
     return re.sub(odd, "\ufffd", text)
+
+
+def notice(text: str) -> None:
+    """Tell something beside the output."""
+    if not quiet():
+        click.echo(f"monitor: {plain(text)}", err=True)
 
 
 def failure(problem: Problem) -> click.ClickException:
@@ -5524,9 +5532,10 @@ def ask(server: str, token: str, method: str, path: str, given=None, seconds=30,
         with response:
             raw = response.read()
     except (OSError, ValueError, http.client.HTTPException) as error:
-        # A distrusted certificate is an OSError and a ValueError, a lost connection can be both, too.
-        odd = isinstance(error, (ValueError, http.client.HTTPException))
-        lost = isinstance(error, ConnectionError) or not odd
+        if distrust := getattr(error, "verify_message", ""):  # of the ssl module: an OSError and a ValueError
+            hint = "name who issued it in SSL_CERT_FILE"
+            raise invalid(f"the certificate of {server} is not trusted ({distrust}); {hint}") from None
+        lost = isinstance(error, OSError)  # some of these are HTTPExceptions, too
         raise trouble_of(server, 0) if lost else invalid(f"cannot ask {server}: {error}") from None
     with contextlib.suppress(ValueError, RecursionError):
         told = json.loads(raw)
@@ -5864,13 +5873,19 @@ def show(told: dict[str, Any]) -> None:
     print_lines([json.dumps(told, indent=2)] if style == "json" else answer_lines(told, style))
 
 
-def print_lines(lines: Iterable[str]) -> None:
-    """Print lines as they come; what the terminal cannot show is replaced."""
-    colour = coloured()
+def print_text(text: str, colour: bool = False, end: bool = False) -> None:
+    """Print a text; what the terminal cannot show is replaced."""
     with contextlib.suppress(AttributeError):  # of a test's output
         sys.stdout.reconfigure(errors="replace")
-    for line in lines if not quiet() else ():
-        click.echo(line, color=colour)
+    if not quiet():
+        click.echo(text, nl=end, color=colour)
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines as they come."""
+    colour = coloured()
+    for line in lines:
+        print_text(line, colour, end=True)
 
 
 def stored(told: dict[str, Any]) -> None:
@@ -5879,11 +5894,22 @@ def stored(told: dict[str, Any]) -> None:
     show(told)
 
 
+def is_there() -> bool:
+    """Whether a server answers; Problem where something else does, or one whom we cannot trust."""
+    try:
+        ask(*target(), "GET", "/health", seconds=HOOK_SECONDS)
+    except Problem as problem:
+        if problem.code != "unreachable":
+            raise
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def server_for(database: str | None, at_rest: bool = True) -> Iterator[Callable]:
     """What asks the server at --server or, where none answers or a file is named, a database at rest: this
     process serves it for as long as the command takes, behind a token that nobody knows."""
-    if not at_rest or (database is None and post_hook(*target(), "spooled", b"", SPOOL_HEADERS)):
+    if not at_rest or (database is None and is_there()):
         yield functools.partial(ask, *target())
         return
     token = secrets.token_hex()
@@ -6029,12 +6055,6 @@ def wait(task: str, wait_for: str, timeout: int | None) -> None:
         time.sleep(max(0, min(delay, end - time.monotonic())))
 
 
-def notice(text: str) -> None:
-    """Tell something beside the output."""
-    if not quiet():
-        click.echo(f"monitor: {plain(text)}", err=True)
-
-
 def parse_event(line: bytes, server: str) -> dict[str, Any]:
     """An event of the stream; Problem for what is none."""
     with contextlib.suppress(ValueError, RecursionError):
@@ -6139,7 +6159,7 @@ def completion(shell: str) -> None:
     """Print what completes commands and tasks in SHELL."""
     from click.shell_completion import get_completion_class
 
-    click.echo(get_completion_class(shell)(cli, {}, "monitor", "_MONITOR_COMPLETE").source())
+    print_text(get_completion_class(shell)(cli, {}, "monitor", "_MONITOR_COMPLETE").source() + "\n")
 
 
 # ======================================================================================================
@@ -6811,12 +6831,19 @@ def doctor(database: str | None) -> None:
 def send_event(agent: str, event: str) -> None:
     """Send a hook of AGENT from standard input. It does what the installed one-liner does with curl: within
     two seconds, silent, exit status 0; what cannot be sent waits in the spool."""
-    if send_hook(*target(False), agent, event, sys.stdin.buffer.read()) and os.fork() == 0:
+    try:
+        server, token = target(False)
+    except (
+        click.UsageError
+    ):  # the user's file makes no sense: no agent must stop, and no event be lost, for it
+        os.environ["XDG_CONFIG_HOME"] = os.devnull
+        server, token = target(False)
+    if send_hook(server, token, agent, event, sys.stdin.buffer.read()) and os.fork() == 0:
         try:  # in a process apart: the agent waits for us, and for what holds its pipes
             os.setsid()
             for number in range(3):
                 os.dup2(os.open(os.devnull, os.O_RDWR), number)
-            flush_spool(*target(False))
+            flush_spool(server, token)
         finally:
             os._exit(0)
 
@@ -6830,7 +6857,7 @@ def hooks_install(agent: str, project: bool, http: bool, block: bool, dry_run: b
     version = agent_version(agent) if gated else None
     wanted = wanted_hooks(agent, target(project)[0], version, http)
     if block:
-        return quiet() or click.echo(with_hooks(None, wanted, agent), nl=False)
+        return print_text(with_hooks(None, wanted, agent))
     file = HookFile(agent, project)
     before, text = file.original(), with_hooks(file.text, wanted, agent)
     text = text if text == file.text else with_hooks(before, wanted, agent)
@@ -6931,9 +6958,7 @@ def prime(task_id: str | None) -> None:
             raise trouble_of(target()[0], 200)
     except Exception as error:  # whatever it is: no agent's start may fail of it
         text = f"Nothing from Monitor now: {brief(getattr(error, 'message', error))}\n{guide()}"
-    if not quiet():
-        encoding = sys.stdout.encoding or "utf-8"  # of a hook it may be ASCII
-        click.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
+    print_text(text)
 
 
 @command("skill", "install")
@@ -6941,7 +6966,7 @@ def skill(install: str | None) -> None:
     """Print what agents should know of Monitor as a skill, or install it for an agent."""
     text = asset("templates", "skill.md")
     if not install:
-        return quiet() or click.echo(text.decode(), nl=False)
+        return print_text(text.decode())
     folder = {"claude": os.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude", "codex": "~/.agents"}[install]
     path = os.path.realpath(os.path.expanduser(f"{folder}/skills/monitor/SKILL.md"))
     try:
@@ -6970,9 +6995,7 @@ def announce(served: Monitor, address: str, with_gevent: bool, demo: bool = Fals
     facts = {"served": served, "address": address, "gevent": with_gevent, "demo": demo, "argv": sys.argv}
     facts |= {"version": __version__, "loopback": LOOPBACK_NAMES, "usual": CLIENT_SETTINGS[0].default}
     text = jinja2.Template(asset("templates", "serve.txt").decode(), trim_blocks=True)
-    if not quiet():
-        click.echo(text.render(facts), nl=False)
-        sys.stdout.flush()
+    print_text(text.render(facts))
 
 
 @command("demo", "bind speed")
@@ -7015,30 +7038,43 @@ def story(served: Monitor, speed: float) -> Iterator[bool]:
                 served.add_update(clean(step, NEW_UPDATE), moment=moment)
 
 
+def open_standard_files() -> None:
+    """Have all three: of one that is closed, what we open next would take the number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+
+
 def main() -> None:
     """The console script: `monitor` and `monitor-cli`."""
-    if sys.argv[1:2] == ["hook"] and not (sys.stderr and sys.stderr.isatty()):
+    open_standard_files()
+    if sys.argv[1:2] == ["hook"] and not sys.stderr.isatty():
         with contextlib.suppress(BaseException):  # an agent reads what we say, and takes an error for a no
             cli.main(prog_name="monitor", standalone_mode=False)
-        return None
+        return
     try:
-        return cli.main(prog_name="monitor", standalone_mode=False)
+        cli.main(prog_name="monitor", standalone_mode=False)
+        sys.stdout.flush()
+        return
     except click.exceptions.NoArgsIsHelpError as error:
         if not quiet():
             click.echo(error.format_message(), err=True)
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        context = getattr(error, "ctx", None)
-        message = error.format_message().rstrip(".") + (
-            f"; see: {context.command_path} --help" if context else ""
-        )
-        status = error.exit_code
+        context, status = getattr(error, "ctx", None), error.exit_code
+        hint = f"; see: {context.command_path} --help" if context else ""
+        message = error.format_message().rstrip(".") + hint
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except BrokenPipeError:
         os._exit(1)  # nobody reads on: Python would complain at exit
-    if not quiet():
-        click.echo(f"monitor: {plain(' '.join(message.splitlines()))}", err=True)
+    except OSError as error:
+        message, status = f"cannot write: {error.strerror}", 1
+    notice(" ".join(message.splitlines()))
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os._exit(status)  # the disk is full: Python would complain at exit
     sys.exit(status)
 
 
