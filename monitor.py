@@ -5646,14 +5646,16 @@ LIKE = {  # what parameters have in common
     "workstream": {"metavar": "ID", "shell_complete": functools.partial(complete, "workstream")},
 }
 LIKE |= {"task_id": LIKE["task"] | {"metavar": "ID"}, "workstream_id": LIKE["workstream"]}
-SEVERAL = {"metavar": "A,B"}
 OPTION_KINDS = {  # by the kind of a field
     "any": lambda field: {"type": lambda text: checked(parse_json, os.fsencode(text)), "metavar": "JSON"},
     "choice": lambda field: {"type": click.Choice(field.schema["enum"])},
     "flag": lambda field: {"is_flag": True, "default": None},
     "number": lambda field: {"type": click.IntRange(field.schema["minimum"], field.schema.get("maximum"))},
-    "tags": lambda field: {"type": split_list} | SEVERAL,
-    "words": lambda field: {"type": lambda text: ",".join(checked(field.check, text, "it"))} | SEVERAL,
+    "tags": lambda field: {"type": split_list, "metavar": "A,B"},
+    "words": lambda field: {
+        "type": lambda text: ",".join(checked(field.check, text, "it")),
+        "metavar": "A,B",
+    },
 }
 PARAMETERS = {each.name: setting_option(each, f"; {each.default or 'none'}") for each in SETTINGS}
 PARAMETERS |= {name: described(name, **row) for name, row in OPTIONS.items()}
@@ -5851,19 +5853,18 @@ def show(told: dict[str, Any]) -> None:
     print_lines([json.dumps(told, indent=2)] if style == "json" else answer_lines(told, style))
 
 
-def print_text(text: str, colour: bool = False, end: bool = False) -> None:
-    """Print a text; what the terminal cannot show is replaced."""
+def print_lines(lines: Iterable[str], colour: bool | None = None, end: bool = True) -> None:
+    """Print lines as they come; what the terminal cannot show is replaced."""
+    colour = coloured() if colour is None else colour
     with contextlib.suppress(AttributeError):  # of a test's output
         sys.stdout.reconfigure(errors="replace")
-    if not quiet():
-        click.echo(text, nl=end, color=colour)
+    for line in lines if not quiet() else ():
+        click.echo(line, nl=end, color=colour)
 
 
-def print_lines(lines: Iterable[str]) -> None:
-    """Print lines as they come."""
-    colour = coloured()
-    for line in lines:
-        print_text(line, colour, end=True)
+def print_text(text: str) -> None:
+    """Print a text as it is, whatever the settings are."""
+    print_lines([text], colour=False, end=False)
 
 
 def stored(told: dict[str, Any]) -> None:
@@ -6609,12 +6610,14 @@ LINK_KINDS = fields("branch pr issue commit repo folder")
 
 def link_body(repository: str | None, **given: str | None) -> dict[str, str | None]:
     """The one link that options name, as the API takes it."""
-    named = [(kind, value) for kind, value in given.items() if value is not None]
-    if len(named) != 1:
+    if len(named := filled(given)) != 1:
         raise click.UsageError(f"name one of --{', --'.join(LINK_KINDS)}")
-    kind, value = named[0]
-    value = os.path.abspath(value) if kind == "folder" else value
-    return {"link": kind, "value": value, "repository": repository}
+    ((kind, value),) = named.items()
+    return {
+        "link": kind,
+        "value": os.path.abspath(value) if kind == "folder" else value,
+        "repository": repository,
+    }
 
 
 @command("link", "any_task listed", LINK_KINDS | fields("repository close_on_merge"))
@@ -6792,9 +6795,7 @@ def send_event(agent: str, event: str) -> None:
     two seconds, silent, exit status 0; what cannot be sent waits in the spool."""
     try:
         server, token = target(False)
-    except (
-        click.UsageError
-    ):  # the user's file makes no sense: no agent must stop, and no event be lost, for it
+    except click.UsageError:  # the user's file makes no sense: without it rather than without the event
         os.environ["XDG_CONFIG_HOME"] = os.devnull
         server, token = target(False)
     if send_hook(server, token, agent, event, sys.stdin.buffer.read()) and os.fork() == 0:
@@ -6816,22 +6817,23 @@ def hooks_install(agent: str, project: bool, http: bool, block: bool, dry_run: b
     version = agent_version(agent) if gated else None
     wanted = wanted_hooks(agent, target(project)[0], version, http)
     if block:
-        return print_text(with_hooks(None, wanted, agent))
+        print_text(with_hooks(None, wanted, agent))
+        return
     file = HookFile(agent, project)
     before, text = file.original(), with_hooks(file.text, wanted, agent)
     if changed := text != file.text:
         text = with_hooks(before, wanted, agent)
     ask = changed and not yes and sys.stdin.isatty() and sys.stdout.isatty()
-    if ask or (changed and dry_run and not quiet()):
+    if ask or (changed and dry_run):
         sides = (file.text or "").splitlines(), text.splitlines()
-        click.echo("\n".join(difflib.unified_diff(*sides, file.name, file.name, lineterm="")))
+        print_lines(difflib.unified_diff(*sides, file.name, file.name, lineterm=""))
     if dry_run or (ask and not click.confirm(f"Write {file.name}?")):
-        return None
+        return
     if changed:
         file.write(text, before)
     told = {"agent": agent, "version": version, "file": file.name, "changed": changed}
     told |= {"events": [event for event, _ in wanted], "note": hook_agents()[agent].get("note")}
-    return show({name: value for name, value in told.items() if value is not None})
+    show(filled(told))
 
 
 @command("hooks remove", "agent project")
@@ -6911,7 +6913,8 @@ def prime(task_id: str | None) -> None:
             raise trouble_of(target()[0], 200)
     except Exception as error:  # whatever it is: no agent's start may fail of it
         text = f"Nothing from Monitor now: {brief(getattr(error, 'message', error))}\n{guide()}"
-    print_text(text)
+    encoding = sys.stdout.encoding or "utf-8"  # of a hook it may be ASCII
+    print_text(text.encode(encoding, "replace").decode(encoding))
 
 
 @command("skill", "install")
@@ -6919,7 +6922,8 @@ def skill(install: str | None) -> None:
     """Print what agents should know of Monitor as a skill, or install it for an agent."""
     text = asset("templates", "skill.md")
     if not install:
-        return print_text(text.decode())
+        print_text(text.decode())
+        return
     folder = {"claude": os.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude", "codex": "~/.agents"}[install]
     path = os.path.realpath(os.path.expanduser(f"{folder}/skills/monitor/SKILL.md"))
     with file_errors(f"write {path}"):
@@ -6930,7 +6934,7 @@ def skill(install: str | None) -> None:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with new_file(path, 0o644) as file:
                 file.write(text)
-    return show({"agent": install, "file": path, "changed": before != text})
+    show({"agent": install, "file": path, "changed": before != text})
 
 
 @command("serve", " ".join(setting.name for setting in SETTINGS) + " access_log")
