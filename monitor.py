@@ -5377,7 +5377,14 @@ def findings(facts: Facts) -> Iterator[dict[str, str]]:
 # client: settings of the client and where they come from; asking the server
 # ======================================================================================================
 
-EXIT_CODES = {"not_found": 3, "conflict": 3, "unauthorized": 4, "unreachable": 5, "pending": 8}
+EXIT_CODES = {
+    "not_found": 3,
+    "conflict": 3,
+    "unauthorized": 4,
+    "unreachable": 5,
+    "distrusted": 5,
+    "pending": 8,
+}
 # What agents set for the commands that they run, where it is known to be the session of their hooks: not
 # COPILOT_AGENT_SESSION_ID, which only some versions set, and nothing of Gemini's and Cursor's.
 RUN_VARIABLES = {"claude": "CLAUDE_CODE_SESSION_ID", "codex": "CODEX_THREAD_ID"}
@@ -5390,14 +5397,22 @@ USER_KEYS = ("server", "servers", "token", "token_file", "output", "color")
 
 
 def quiet() -> bool:
-    """Whether --quiet stands on the command line, also on one that cannot be parsed."""
-    return bool({"--quiet", "--silent"} & set(sys.argv[1:]))
+    """Whether --quiet stands on the command line, also on one that cannot be parsed. Behind -- it is meant
+    for somebody else."""
+    ours = itertools.takewhile("--".__ne__, sys.argv[1:])
+    return not {"--quiet", "--silent"}.isdisjoint(ours)
 
 
 def plain(text: str) -> str:
     """Text for a terminal: control and bidi characters replaced, so that stored text cannot steer it."""
     odd = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
     return re.sub(odd, "\ufffd", text)
+
+
+def notice(text: str) -> None:
+    """Tell something beside the output."""
+    if not quiet():
+        click.echo(f"monitor: {plain(text)}", err=True)
 
 
 def failure(problem: Problem) -> click.ClickException:
@@ -5519,46 +5534,34 @@ def ask(server: str, token: str, method: str, path: str, given=None, seconds=30,
 
     if not re.fullmatch(r"[\x21-\x7e]*", token):
         raise click.UsageError("the token holds characters that cannot be sent; see MONITOR_TOKEN")
-    told, lines = None, isinstance(given, bytes)
-    body = None if method == "GET" or given is None else given if lines else dump(given)
-    kind = FORMATS["ndjson"].mimetype if lines else "application/json"
-    headers = {} if body is None else {"Content-Type": kind}
+    body, headers, lines = None, {}, isinstance(given, bytes)
+    if method != "GET" and given is not None:
+        body = given if lines else dump(given)
+        headers = {"Content-Type": LINES_TYPE if lines else "application/json"}
     try:
-        path += f"?{urlencode(filled(given), doseq=True)}" if given and method == "GET" else ""
-        response = request(server, token, method, path, body, headers, seconds)
+        query = urlencode(filled(given), doseq=True) if given and method == "GET" else ""
+        response = request(server, token, method, f"{path}?{query}".rstrip("?"), body, headers, seconds)
         taken = 200 <= response.status < 300
         if taken and not whole:
             return response
         with response:
-            raw = response.read()
+            told = json_of(response.read())
     except (OSError, ValueError, http.client.HTTPException) as error:
-        # A distrusted certificate is an OSError and a ValueError, a lost connection can be both, too.
-        odd = isinstance(error, (ValueError, http.client.HTTPException))
-        lost = isinstance(error, ConnectionError) or not odd
+        if distrust := getattr(error, "verify_message", ""):  # of the ssl module: an OSError and a ValueError
+            told = f"the certificate of {server} is not trusted ({distrust})"
+            raise Problem("distrusted", f"{told}; name who issued it in SSL_CERT_FILE") from None
+        lost = isinstance(error, OSError)  # some of these are HTTPExceptions, too
         raise trouble_of(server, 0) if lost else invalid(f"cannot ask {server}: {error}") from None
-    with contextlib.suppress(ValueError, RecursionError):
-        told = json.loads(raw)
-    if taken and told and isinstance(told, dict):
+    if taken and told:
         return told
     raise trouble_of(server, response.status, told)
 
 
-def pieces(response: Any, size: int = 256 * 1024) -> Iterator[bytes]:
-    """What a response holds, piece by piece; OSError where it is cut off."""
-    import http.client
-
-    try:
-        yield from iter(lambda: response.read(size), b"")
-    except http.client.HTTPException:
-        raise ConnectionError("the server went away") from None
-
-
 def expect(told: dict[str, Any], **shape: type) -> dict[str, Any]:
     """An answer that has these members; Problem where it has not."""
-    odd = [name for name, kind in shape.items() if not isinstance(told.get(name), kind)]
-    if odd:
-        raise invalid(f"the server's answer has no {odd[0]} as it should; is it a Monitor server?")
-    return told
+    if all(isinstance(told.get(name), kind) for name, kind in shape.items()):
+        return told
+    raise trouble_of(target()[0], 200)
 
 
 def items_of(path: str, given: dict[str, Any] | None = None, seconds: float = 30) -> list[Any]:
@@ -5577,16 +5580,6 @@ def task_name(text: str) -> str:
     raise failure(Problem("not_found", "there is no last task here yet; see: monitor task list"))
 
 
-def keep_last(told: dict[str, Any]) -> None:
-    """Keep which task an answer is about, for @last; not what an agent does."""
-    task = told.get("task_id", told.get("id") if "workstream_id" in told else None)
-    if task and not any(map(os.environ.get, RUN_VARIABLES.values())):
-        with contextlib.suppress(OSError):
-            path = state_path("last", target()[0])
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            Path(path).write_text(task)
-
-
 # ======================================================================================================
 # cli: options and output
 # ======================================================================================================
@@ -5596,7 +5589,9 @@ OPTION_NAMES = {"hidden": "--hidden/--no-hidden", "summary_text": "--summary", "
 OPTION_NAMES |= {"workstream_id": "--workstream", "wait_for": "--for"}
 COLOURS = {"blocked": "magenta", "failed": "red", "error": "red", "stuck": "yellow", "warn": "yellow"}
 LEAST_COLUMN = 8
-STYLES = (("json", "Print JSON. [MONITOR_OUTPUT]"), ("plain", "A record a line."), ("table", "For people."))
+EXAMPLES, OPTIONS, VIEWS = (
+    json.loads(asset("templates", f"{name}.json")) for name in ("examples", "options", "views")
+)
 
 
 def checked(read: Callable, *given: Any) -> Any:
@@ -5618,11 +5613,6 @@ def complete(kind: str, context: click.Context, parameter: click.Parameter, begu
     return []
 
 
-TASK_NAME = {"metavar": "TASK", "type": task_name, "shell_complete": functools.partial(complete, "task")}
-WORKSTREAM_NAME = {"metavar": "ID", "shell_complete": functools.partial(complete, "workstream")}
-OPTION_SETTINGS = {"task_id": TASK_NAME | {"metavar": "ID"}, "workstream_id": WORKSTREAM_NAME}
-
-
 def project_workstream(context: click.Context, parameter: click.Parameter, given: str | None) -> str:
     """The workstream that is named, else the project's."""
     if found := given or setting("workstream")[0]:
@@ -5634,20 +5624,11 @@ def field_option(name: str, field: Field) -> click.Parameter:
     """The command line's option for a field of the API; a name that must be given is an argument."""
     if field.required and name == "name":
         return click.Argument([name])
-    option, schema = OPTION_NAMES.get(name, "--" + name.replace("_", "-")), field.schema
-    settings = {"type": click.Choice(schema["enum"])} if "enum" in schema else {}
-    settings |= OPTION_SETTINGS.get(name, {})
-    if not schema:
-        settings |= {"type": lambda text: checked(parse_json, os.fsencode(text)), "metavar": "JSON"}
-    settings |= {"type": split_list, "metavar": "A,B"} if schema.get("type") == "array" else {}
-    if "x-words" in schema:
-        settings |= {"type": lambda text: ",".join(checked(field.check, text, "it")), "metavar": "A,B"}
-    settings |= {"is_flag": True, "default": None} if schema.get("type") == "boolean" else {}
-    if schema.get("type") == "integer":
-        settings["type"] = click.IntRange(schema["minimum"], schema.get("maximum"))
-    settings |= {"required": field.required}
+    settings = OPTION_KINDS[field.kind](field) if field.kind in OPTION_KINDS else {}
+    settings |= {"required": field.required} | LIKE.get(name, {})
     if field.required and name == "workstream_id":
         settings |= {"required": False, "callback": project_workstream, "show_default": PROJECT_FILE}
+    option = OPTION_NAMES.get(name, "--" + name.replace("_", "-"))
     return click.Option([option, name], help=field.text, **settings)
 
 
@@ -5663,26 +5644,39 @@ def remember(context: click.Context, parameter: click.Parameter, value: Any) -> 
     context.meta.update({f"monitor.{name}": kept} if value else {})
 
 
-PARAMETERS = {  # of our commands, by name
-    name: click.Option(settings.pop("names", ["--" + name.replace("_", "-")]), **settings)
-    for name, settings in json.loads(asset("templates", "options.json")).items()
+def described(name: str, names: list[str] | None = None, like: str = "", **settings: Any) -> click.Parameter:
+    """The option that a row of options.json describes; an argument where its name has no dashes."""
+    names, settings = names or ["--" + name.replace("_", "-")], settings | LIKE.get(like, {})
+    if words := settings.pop("words", None):
+        settings["type"] = click.Choice(words)
+    return (click.Option if names[0].startswith("-") else click.Argument)(names, **settings)
+
+
+LIKE = {  # what parameters have in common
+    "agent": {"type": click.Choice(AGENTS)},
+    "kept": {"callback": remember, "expose_value": False, "is_eager": True},  # others may ask the server
+    "phrase": {"callback": lambda context, parameter, words: " ".join(words)},
+    "seq": {"type": int},
+    "task": {"metavar": "TASK", "type": task_name, "shell_complete": functools.partial(complete, "task")},
+    "workstream": {"metavar": "ID", "shell_complete": functools.partial(complete, "workstream")},
 }
-PARAMETERS |= {each.name: setting_option(each, f"; {each.default or 'none'}") for each in SETTINGS}
-PARAMETERS |= {"file": click.Argument(["file"]), "id": click.Argument(["id"], **WORKSTREAM_NAME)}
-PARAMETERS |= {"install": click.Option(["--install"], type=click.Choice(["claude", "codex"]), help="Whose.")}
-PARAMETERS |= {"agent": click.Argument(["agent"], type=click.Choice(AGENTS))}
-PARAMETERS |= {"any_agent": click.Argument(["agent"], type=click.Choice(AGENTS), required=False)}
-PARAMETERS |= {"one_task": click.Argument(["task"], **TASK_NAME)}
-PARAMETERS |= {"any_task": click.Argument(["task"], required=False, **TASK_NAME)}
-PARAMETERS |= {"seq": click.Argument(["seq"], type=int)}
-PARAMETERS |= {"command": click.Argument(["command"], nargs=-1, required=True)}
-PARAMETERS |= {"shell": click.Argument(["shell"], type=click.Choice(["bash", "zsh", "fish"]))}
-PARAMETERS |= {"said": click.Argument(["message"], required=False)}
-PARAMETERS |= {"phrase": click.Argument(["words"], nargs=-1, required=True, metavar="WORDS")}
-KEPT = {"callback": remember, "expose_value": False, "is_eager": True}  # other options may ask the server
-GLOBAL_OPTIONS = [setting_option(each, **KEPT) for each in CLIENT_SETTINGS if each.name != "MONITOR_OUTPUT"]
-GLOBAL_OPTIONS += [click.Option([f"--{style}"], is_flag=True, help=text, **KEPT) for style, text in STYLES]
-GLOBAL_OPTIONS += [PARAMETERS["quiet"]]
+LIKE |= {"task_id": LIKE["task"] | {"metavar": "ID"}, "workstream_id": LIKE["workstream"]}
+OPTION_KINDS = {  # by the kind of a field
+    "any": lambda field: {"type": lambda text: checked(parse_json, os.fsencode(text)), "metavar": "JSON"},
+    "choice": lambda field: {"type": click.Choice(field.schema["enum"])},
+    "flag": lambda field: {"is_flag": True, "default": None},
+    "number": lambda field: {"type": click.IntRange(field.schema["minimum"], field.schema.get("maximum"))},
+    "tags": lambda field: {"type": split_list, "metavar": "A,B"},
+    "words": lambda field: {
+        "type": lambda text: ",".join(checked(field.check, text, "it")),
+        "metavar": "A,B",
+    },
+}
+PARAMETERS = {each.name: setting_option(each, f"; {each.default or 'none'}") for each in SETTINGS}
+PARAMETERS |= {name: described(name, **row) for name, row in OPTIONS.items()}
+SHOWN_SETTINGS = (each for each in CLIENT_SETTINGS if each.name != "MONITOR_OUTPUT")
+GLOBAL_OPTIONS = [setting_option(each, **LIKE["kept"]) for each in SHOWN_SETTINGS]
+GLOBAL_OPTIONS += [PARAMETERS[name] for name in ("json", "plain", "table", "quiet")]
 GROUPS = (
     click.Group("workstream", params=GLOBAL_OPTIONS, help="Make, list and change workstreams."),
     click.Group("task", params=GLOBAL_OPTIONS, help="Make, list, show and change tasks."),
@@ -5691,7 +5685,6 @@ GROUPS = (
     click.Group("hooks", params=GLOBAL_OPTIONS, help="Plug coding agents in: their runs appear as tasks."),
 )
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-EXAMPLES, VIEWS = (json.loads(asset("templates", name)) for name in ("examples.json", "views.json"))
 
 
 @click.group(commands=GROUPS, params=list(GLOBAL_OPTIONS), context_settings=HELP_OPTIONS)
@@ -5706,19 +5699,27 @@ def cli() -> None:
     """
 
 
+@contextlib.contextmanager
+def file_errors(doing: str) -> Iterator[None]:
+    """What goes wrong with files meanwhile, as a Problem."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise invalid(f"cannot {doing}: {error.strerror or error}") from None
+
+
 class Command(click.Command):
     """A command that tells a Problem, or that it cannot write, as click tells an error."""
 
     def invoke(self, context: click.Context) -> None:
         """Run it."""
         try:
-            super().invoke(context)
+            with file_errors("write"):
+                super().invoke(context)
         except Problem as problem:
             raise failure(problem) from None
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise failure(invalid(f"cannot write: {error.strerror}")) from None
 
 
 def command(words: str, names: str = "", fields: Fields | None = None) -> Callable:
@@ -5768,13 +5769,8 @@ SHOWN = {  # how people read values of some kind
 def cell(row: dict[str, Any], paths: str, kind: str = "") -> str:
     """The first value that an object has at one of some paths (`attention.state status`), as text in a line;
     of a kind of SHOWN, as people read that."""
-    value: Any = None
-    for path in paths.split():
-        value = row
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        if value not in (None, "", []):
-            break
+    found = (dig(row, *path.split("."), kind=object) for path in paths.split())
+    value = next((each for each in found if each not in (None, "", [])), None)
     if isinstance(value, list):
         parts = [each.values() if isinstance(each, dict) else [each] for each in value]
         value = ", ".join(" ".join(map(str, part)) for part in parts)
@@ -5872,26 +5868,47 @@ def show(told: dict[str, Any]) -> None:
     print_lines([json.dumps(told, indent=2)] if style == "json" else answer_lines(told, style))
 
 
-def print_lines(lines: Iterable[str]) -> None:
+def print_lines(lines: Iterable[str], colour: bool | None = None, end: bool = True) -> None:
     """Print lines as they come; what the terminal cannot show is replaced."""
-    colour = coloured()
+    colour = coloured() if colour is None else colour
     with contextlib.suppress(AttributeError):  # of a test's output
         sys.stdout.reconfigure(errors="replace")
     for line in lines if not quiet() else ():
-        click.echo(line, color=colour)
+        click.echo(line, nl=end, color=colour)
+
+
+def print_text(text: str) -> None:
+    """Print a text as it is, whatever the settings are."""
+    print_lines([text], colour=False, end=False)
 
 
 def stored(told: dict[str, Any]) -> None:
-    """Show what was stored, and keep its task for @last."""
-    keep_last(told)
+    """Show what was stored, and keep which task it is about, for @last; not what an agent does."""
+    task = told.get("task_id", told.get("id") if "workstream_id" in told else None)
+    if task and not any(map(os.environ.get, RUN_VARIABLES.values())):
+        with contextlib.suppress(OSError):
+            path = Path(state_path("last", target()[0]))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(task)
     show(told)
+
+
+def is_there() -> bool:
+    """Whether a server answers; Problem where something else does, or one whom we cannot trust."""
+    try:
+        ask(*target(), "GET", "/health", seconds=HOOK_SECONDS)
+    except Problem as problem:
+        if problem.code != "unreachable":
+            raise
+        return False
+    return True
 
 
 @contextlib.contextmanager
 def server_for(database: str | None, at_rest: bool = True) -> Iterator[Callable]:
     """What asks the server at --server or, where none answers or a file is named, a database at rest: this
     process serves it for as long as the command takes, behind a token that nobody knows."""
-    if not at_rest or (database is None and post_spooled(*target())):
+    if not at_rest or (database is None and is_there()):
         yield functools.partial(ask, *target())
         return
     token = secrets.token_hex()
@@ -5936,6 +5953,8 @@ NEEDS = ("blocked", "failed", "stuck", "idle")  # the most urgent first
 PASSING = ("unreachable", "unavailable")  # what ends by itself: a server that starts anew
 FIRST_TRY, LAST_TRY = 0.1, 10.0  # seconds between two tries to reach a server that was there
 AFTER = FIELDS["after_seq"]
+PATIENTLY = {"timeout": AFTER._replace(text="Seconds to wait at most.")}
+TAIL = {"after": AFTER, "tail": FIELDS["limit"]._replace(text="First so many of the newest.")}
 
 
 def needs(task: dict[str, Any]) -> str:
@@ -5988,12 +6007,6 @@ def log(message: str | None, task_id: str | None, **given: Any) -> None:
     stored(expect(ask(*target(), "POST", "/api/updates/manual", body), id=str))
 
 
-@command("search", "phrase", fields("task_id workstream_id source kind level tag since limit"))
-def search(words: tuple[str, ...], **given: Any) -> None:
-    """Find updates that hold some WORDS, the newest first."""
-    show(expect(ask(*target(), "GET", "/api/updates", filled(given) | {"q": " ".join(words)}), items=list))
-
-
 @command("open", "any_task")
 def open_page(task: str | None) -> None:
     """Open a page in a browser: that of TASK, or the dashboard. Without a browser its address is printed."""
@@ -6006,50 +6019,36 @@ def open_page(task: str | None) -> None:
         print_lines([page])
 
 
-@command(
-    "wait", "one_task", fields("wait_for!") | {"timeout": AFTER._replace(text="Seconds to wait at most.")}
-)
+@command("wait", "one_task", fields("wait_for!") | PATIENTLY)
 def wait(task: str, wait_for: str, timeout: int | None) -> None:
     """Wait until TASK has come so far. Its status may be active, blocked, done or cancelled, and it may ask
     for attention as blocked, failed, stuck or idle. Exit status 8: not in time."""
     end = time.monotonic() + (math.inf if timeout is None else timeout)
     found, delay = {"id": task}, FIRST_TRY
     while True:
-        left = (
-            max(0, min(PATIENCE, end - time.monotonic())) if "status" in found else 0
-        )  # first: is it there?
+        # First without patience: is it there?
+        left = max(0, min(PATIENCE, end - time.monotonic())) if "status" in found else 0
         asked = {"wait_for": wait_for, "timeout": math.ceil(left)}
         try:
-            path = f"/api/tasks/{quoted(found['id'])}"
-            found, delay = (
-                expect(ask(*target(), "GET", path, asked, left + 10), id=str, status=str),
-                FIRST_TRY,
-            )
-            if {found["status"], needs(found)} & set(split_list(wait_for)):
-                return show(found)
+            told = ask(*target(), "GET", f"/api/tasks/{quoted(found['id'])}", asked, left + 10)
+            found, delay = expect(told, id=str, status=str), FIRST_TRY
         except Problem as problem:
             if problem.code not in PASSING or "status" not in found:
                 raise
             delay = min(2 * delay, LAST_TRY)
+        if {found["status"], needs(found)} & set(split_list(wait_for)):
+            return show(found)
         if time.monotonic() >= end:
             state = needs(found) or found["status"]
             raise Problem("pending", f"#{found.get('number')} is {state}, and not {wait_for} yet")
         time.sleep(max(0, min(delay, end - time.monotonic())))
 
 
-def notice(text: str) -> None:
-    """Tell something beside the output."""
-    if not quiet():
-        click.echo(f"monitor: {plain(text)}", err=True)
-
-
-def parse_event(line: bytes, server: str) -> dict[str, Any]:
-    """An event of the stream; Problem for what is none."""
-    with contextlib.suppress(ValueError, RecursionError):
-        event = json.loads(line)
-        if isinstance(event, dict) and isinstance(event.get("data"), dict) and "event" in event:
-            return event
-    raise trouble_of(server, 200)
+def events_in(response: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The events of a stream, until its end or where the connection was cut within one."""
+    for line in itertools.takewhile(lambda line: line.endswith(b"\n"), response):
+        if line.strip():  # else it is a sign of life
+            yield expect(json_of(line), event=str, data=dict)
 
 
 def events_after(cursor: int | None, filters: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -6062,16 +6061,13 @@ def events_after(cursor: int | None, filters: dict[str, Any]) -> Iterator[dict[s
         asked = filters | filled({"format": "ndjson", "after_seq": cursor, "stream": stream})
         try:
             with ask(server, token, "GET", "/api/stream", asked, PATIENCE, whole=False) as response:
-                for line in response:
-                    if not line.endswith(b"\n"):
-                        break  # the connection was cut within it
-                    if not line.strip():
-                        continue  # a sign of life
-                    event = parse_event(line, server)
+                for event in events_in(response):
                     if event["event"] == "hello":
                         stream, delay = event["data"]["stream"], FIRST_TRY
                         cursor = event["data"]["seq"] if cursor is None else cursor
-                        lost = lost and notice(f"connected to {server} again")
+                        if lost:
+                            notice(f"connected to {server} again")
+                        lost = False
                     if event["event"] == "reset":
                         notice(f"the log does not go on from {cursor} ({event['data']['reason']})")
                     cursor = event.get("id", cursor)
@@ -6081,7 +6077,9 @@ def events_after(cursor: int | None, filters: dict[str, Any]) -> Iterator[dict[s
                 raise
         except (OSError, http.client.HTTPException):
             pass
-        lost = lost or notice(f"lost {server}; trying again") is None
+        if not lost:
+            notice(f"lost {server}; trying again")
+        lost = True
         time.sleep(delay * random.uniform(0.5, 1))
         delay = min(2 * delay, LAST_TRY)
 
@@ -6094,21 +6092,13 @@ def event_line(event: dict[str, Any], numbers: dict[str, str]) -> str:
     when = cell(row, "timestamp updated_at")
     with contextlib.suppress(ValueError, OverflowError):
         when = datetime.datetime.fromisoformat(when).astimezone().strftime("%H:%M:%S")
-    state, who = cell(row, "level attention.state status"), cell(row, "source", "who") or event["event"]
+    number, who = numbers.get(task) or cell(row, "number", "number"), cell(row, "source", "who")
+    state = cell(row, "level attention.state status").removeprefix("info")
     said = cell(row, "message attention.message name reason seq")
-    cells = (
-        when,
-        numbers.get(task) or cell(row, "number", "number"),
-        state if state != "info" else "",
-        who,
-        said,
-    )
+    cells = (when, number, state, who or event["event"], said)
     widths = [max(least, columns_of(text)) for text, least in zip(cells, (8, 4, 7, 8), strict=False)]
     widths += [max(LEAST_COLUMN, shutil.get_terminal_size().columns - sum(widths) - 2 * len(widths))]
     return "  ".join(map(painted, cells, widths)).rstrip()
-
-
-TAIL = {"after": AFTER, "tail": FIELDS["limit"]._replace(text="First so many of the newest.")}
 
 
 @command("watch", "events", STREAM_FILTER | TAIL)
@@ -6120,7 +6110,8 @@ def watch(events: bool, after: int | None, tail: int | None, **given: Any) -> No
     filters, style, numbers = filled(given), output_style(), {}
     newest = {"order": "desc", "limit": tail, "total": "false"}
     updates = items_of("/api/updates", filters | newest) if tail else []
-    after = (updates[0]["seq"] if updates else 0) if tail else after
+    if tail:
+        after = updates[0]["seq"] if updates else 0
     old = ({"event": "update", "id": update["seq"], "data": update} for update in reversed(updates))
     told = itertools.chain(old, events_after(after, filters))
     line = {
@@ -6147,7 +6138,7 @@ def completion(shell: str) -> None:
     """Print what completes commands and tasks in SHELL."""
     from click.shell_completion import get_completion_class
 
-    click.echo(get_completion_class(shell)(cli, {}, "monitor", "_MONITOR_COMPLETE").source())
+    print_text(get_completion_class(shell)(cli, {}, "monitor", "_MONITOR_COMPLETE").source() + "\n")
 
 
 # ======================================================================================================
@@ -6593,6 +6584,7 @@ def pack(packed: str, native: bool) -> None:
 # commands: what can be typed
 # ======================================================================================================
 
+SEARCH = fields("task_id workstream_id source kind level tag since limit")
 REDACT = """Wipe message and data of update SEQ that holds something it must not; its number and a mark stay.
 Copies made before, as backups, still hold it."""
 for definition in (  # words, request, arguments, fields of its body or query, help
@@ -6603,6 +6595,7 @@ for definition in (  # words, request, arguments, fields of its body or query, h
     ("task list", "GET /api/tasks", "", TASK_QUERY, "List tasks, oldest first."),
     ("task update", "PATCH /api/tasks/{task}", "one_task", TASK_CHANGES, "Change a task."),
     ("update manual", "POST /api/updates/manual", "", MANUAL_UPDATE, "Add a person's update to a task."),
+    ("search", "GET /api/updates", "phrase", SEARCH, "Find updates that hold some WORDS, the newest first."),
     ("session list", "GET /api/sessions", "", OF_TASK, "List the runs of agents, the newest first."),
     ("session move", "POST /api/sessions/move", "", SESSION_MOVE, "Give a run, by its source, to a task."),
     ("update redact", "POST /api/updates/{seq}/redact", "seq database", {}, REDACT),
@@ -6615,12 +6608,14 @@ LINK_KINDS = fields("branch pr issue commit repo folder")
 
 def link_body(repository: str | None, **given: str | None) -> dict[str, str | None]:
     """The one link that options name, as the API takes it."""
-    named = [(kind, value) for kind, value in given.items() if value is not None]
-    if len(named) != 1:
+    if len(named := filled(given)) != 1:
         raise click.UsageError(f"name one of --{', --'.join(LINK_KINDS)}")
-    kind, value = named[0]
-    value = os.path.abspath(value) if kind == "folder" else value
-    return {"link": kind, "value": value, "repository": repository}
+    ((kind, value),) = named.items()
+    return {
+        "link": kind,
+        "value": os.path.abspath(value) if kind == "folder" else value,
+        "repository": repository,
+    }
 
 
 @command("link", "any_task listed", LINK_KINDS | fields("repository close_on_merge"))
@@ -6650,23 +6645,40 @@ def progress_bar(length: int, label: str):
     return click.progressbar(length=length, label=label, file=sys.stderr, hidden=silent)
 
 
+def save(label: str, file: str, database: str | None, given: dict[str, str] | None = None) -> None:
+    """Write what /api/admin/LABEL answers into a new FILE (-: to standard output), once it is whole."""
+    import http.client
+
+    if file != "-" and os.path.exists(file):
+        raise invalid(f"{file} exists; name a new file")
+    place, size, end = contextlib.nullcontext(sys.stdout.buffer) if file == "-" else new_file(file), 0, b""
+    with file_errors(f"write {file}"), server_for(database) as server, place as copy:
+        response = server("GET", f"/api/admin/{label}", given, LONG_SECONDS, whole=False)
+        length = int(response.headers["Content-Length"] or 0)
+        with response, progress_bar(length or 1, label.capitalize()) as bar:
+            with contextlib.suppress(http.client.HTTPException):  # it is cut off
+                while chunk := response.read(READ_BYTES):
+                    copy.write(chunk)
+                    size, end = size + len(chunk), (end + chunk)[-len(END_LINE) :]
+                    bar.update(len(chunk)) if length else update_bar(bar, chunk)
+        if (size != length) if length else (end != END_LINE):
+            raise invalid(f"the {label} did not arrive whole")
+    if file != "-":
+        show({label: os.path.abspath(file), "bytes": size})
+
+
+def update_bar(bar: Any, chunk: bytes) -> None:
+    """Show how far an export is, by the numbers of its events: how many bytes come nobody knows."""
+    if head := re.search(rb'^{"event":"export".*"head":(\d+)', chunk[:1000]):
+        bar.length = int(head[1])
+    if found := re.match(rb'\n{"event":"\w+","id":(\d+)', chunk[max(0, chunk.rfind(b'\n{"event":"')) :]):
+        bar.update(int(found[1]) - bar.pos)
+
+
 @command("backup", "file database")
 def backup(file: str, database: str | None) -> None:
     """Copy the database into a new FILE. Everything goes on meanwhile; FILE is a database like any other."""
-    if os.path.exists(file):
-        raise invalid(f"{file} exists; name a new file")
-    try:
-        with server_for(database) as server, new_file(file) as copy:
-            response = server("GET", "/api/admin/backup", None, LONG_SECONDS, whole=False)
-            size = int(response.headers["Content-Length"])
-            with response, progress_bar(size, "Backup") as bar:
-                for chunk in pieces(response):
-                    bar.update(copy.write(chunk))
-            if copy.tell() != size:
-                raise invalid("the backup did not arrive whole")
-    except OSError as error:
-        raise invalid(f"cannot write {file}: {error.strerror or error}") from None
-    show({"backup": os.path.abspath(file), "bytes": size})
+    save("backup", file, database)
 
 
 @command("check", "database")
@@ -6698,84 +6710,58 @@ def prune(database: str | None, dry_run: bool | None, **wanted: Any) -> None:
 def export(file: str, since: str | None, database: str | None) -> None:
     """Write all into a new FILE (-: to standard output) as lines of JSON, from which import builds the
     database anew; with --since of the log only what came later."""
-    wanted = {"after_seq" if since.isdecimal() else "since": since} if since else None
-    if file != "-" and os.path.exists(file):
-        raise invalid(f"{file} exists; name a new file")
-    size, end, place = 0, b"", contextlib.nullcontext(sys.stdout.buffer) if file == "-" else new_file(file)
-    try:
-        with server_for(database) as server, place as copy:
-            response = server("GET", "/api/admin/export", wanted, LONG_SECONDS, whole=False)
-            with progress_bar(1, "Export") as bar:
-                for chunk in pieces(response, READ_BYTES):
-                    copy.write(chunk)
-                    size, end = size + len(chunk), (end + chunk)[-len(END_LINE) :]
-                    found = re.findall(rb'^{"event":"export".*"head":(\d+)', chunk[:1000])
-                    bar.length = int(found[0]) if found else bar.length
-                    found = re.findall(rb'\n{"event":"\w+","id":(\d+)', chunk[chunk.rfind(b'\n{"event":"') :])
-                    bar.update(int(found[0]) - bar.pos if found else 0)
-            if end != END_LINE:
-                raise invalid("the export did not arrive whole")
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise invalid(f"cannot write {file}: {error.strerror or 'the server went away'}") from None
-    if file != "-":
-        show({"export": os.path.abspath(file), "bytes": size})
-
-
-def batches(lines: io.BufferedReader) -> Iterator[tuple[int, list[bytes], list[bytes]]]:
-    """The lines of an export that come after its first, about 1 MiB at a time: the number of the first one,
-    the last event before it, and the lines."""
-    first, before, batch, size = 2, [], [], 0
-    for where, line in enumerate(iter(lambda: lines.readline(MAX_LINE), b""), 2):
-        batch.append(line)
-        size += len(line)
-        if size > READ_BYTES:
-            yield first, before, batch
-            before = [each for each in batch if re.match(rb'{"event":"\w+","id":', each)][-1:] or before
-            first, batch, size = where + 1, [], 0
-    yield first, before, batch
+    name = "after_seq" if since and since.isdecimal() else "since"
+    save("export", file, database, {name: since} if since else None)
 
 
 @command("import", "file database")
 def take_file(file: str, database: str | None) -> None:
     """Take in an export from FILE (-: from standard input): exact into an empty or new database, else what is
     not there yet. It may be interrupted and repeated."""
-    try:
-        with contextlib.nullcontext(sys.stdin.buffer) if file == "-" else open(file, "rb") as lines:
-            header, size = lines.readline(MAX_LINE), 0
-            read_header(header)
-            if lines.seekable():
-                size = lines.seek(0, os.SEEK_END)
-                lines.seek(max(0, size - len(END_LINE)))
-                if lines.read() != END_LINE:
-                    raise invalid(f"{file} is not whole: its last line is missing; nothing was stored")
-                lines.seek(len(header))
-            if database:
-                os.close(os.open(parse_database(database) or os.devnull, os.O_WRONLY | os.O_CREAT, 0o600))
-            with server_for(database) as server, progress_bar(size, "Import") as bar:
-                bar.update(len(header))
-                show({"import": file, **send_batches(server, header, lines, bar)})
-    except OSError as error:
-        raise invalid(f"cannot read {file}: {error.strerror or error}") from None
+    ours = file == "-"
+    with file_errors(f"read {file}"), open(0 if ours else file, "rb", closefd=not ours) as lines:
+        header, size = lines.readline(MAX_LINE), 0
+        read_header(header)
+        if lines.seekable():
+            size = lines.seek(0, os.SEEK_END)
+            lines.seek(max(0, size - len(END_LINE)))
+            if lines.read() != END_LINE:
+                raise invalid(f"{file} is not whole: its last line is missing; nothing was stored")
+            lines.seek(len(header))
+        if database:
+            os.close(os.open(parse_database(database) or os.devnull, os.O_WRONLY | os.O_CREAT, 0o600))
+        with server_for(database) as server, progress_bar(size, "Import") as bar:
+            bar.update(len(header))
+            show({"import": file, **send_lines(server, header, lines, bar)})
 
 
-def send_batches(server: Callable, header: bytes, lines: io.BufferedReader, bar: Any) -> dict[str, Any]:
-    """Send an export; returns what became of it."""
-    told: Counter = Counter()
-    for first, before, batch in batches(lines):
-        body = header + b"".join(before + batch)
+def next_lines(lines: io.BufferedReader) -> list[bytes]:
+    """The next lines, about 1 MiB."""
+    found, size = [], 0
+    while size <= READ_BYTES and (line := lines.readline(MAX_LINE)):
+        found.append(line)
+        size += len(line)
+    return found
+
+
+def send_lines(server: Callable, header: bytes, lines: io.BufferedReader, bar: Any) -> dict[str, Any]:
+    """Send an export; returns what became of it. Each request repeats the last event before it: by that the
+    server sees whether the log goes on there."""
+    told, exact, first, before, last = Counter(), False, 2, [], header
+    while batch := next_lines(lines):
+        path, body = f"/api/admin/import?line={first - len(before)}", b"".join([header, *before, *batch])
         try:
-            answered = server("POST", f"/api/admin/import?line={first - len(before)}", body, LONG_SECONDS)
+            answered = server("POST", path, body, LONG_SECONDS)
         except Problem as problem:
             stored = f"{problem.message}; nothing from line {first} on was stored"
             raise Problem(problem.code, stored) from None
-        if answered.keys() != {"updates", "changes", "known", "exact"}:
-            raise invalid("the server's answer is not that of an import; is it a Monitor server?")
-        exact = answered.pop("exact")
-        told.update(answered | {"known": answered["known"] - len(before)})
+        exact = expect(answered, updates=int, changes=int, known=int, exact=bool)["exact"]
+        known = answered["known"] - len(before)
+        told.update(updates=answered["updates"], changes=answered["changes"], known=known)
         bar.update(sum(map(len, batch)))
-    if batch[-1:] != [END_LINE]:
+        before = [line for line in batch if re.match(rb'{"event":"\w+","id":', line)][-1:] or before
+        first, last = first + len(batch), batch[-1]
+    if last != END_LINE:
         raise invalid("this export is not whole: its last line is missing; what it has was stored")
     return {**told, "exact": exact}
 
@@ -6786,28 +6772,36 @@ def doctor(database: str | None) -> None:
     and the command that mends it. Changes nothing."""
     found = list(findings(all_facts(*target(), database)))
     failed = [finding for finding in found if finding["level"] == "fail"]
-    if not sys.stdout.isatty():
+    if output_style() == "table":
+        print_lines(line for finding in found for line in finding_lines(finding))
+    else:
         show({"ok": not failed, "findings": found})
-    for finding in found if sys.stdout.isatty() and not quiet() else ():
-        colour = {"warn": "yellow", "fail": "red"}.get(finding["level"], "green")
-        words = plain(f"{finding['check']:10}{finding['message']}")
-        click.echo(click.style(f"{finding['level']:5}", colour) + words)
-        if "mend" in finding:
-            click.echo(plain(f"{'':15}{finding['mend']}"))
     if failed:
         raise invalid(f"{len(failed)} of these must be mended")
+
+
+def finding_lines(finding: dict[str, str]) -> list[str]:
+    """A finding for people, and below it what mends it."""
+    colour = {"warn": "yellow", "fail": "red"}.get(finding["level"], "green")
+    line = click.style(f"{finding['level']:5}", colour) + plain(f"{finding['check']:10}{finding['message']}")
+    return [line, plain(f"{'':15}{finding['mend']}")] if "mend" in finding else [line]
 
 
 @command("hook", "agent event")
 def send_event(agent: str, event: str) -> None:
     """Send a hook of AGENT from standard input. It does what the installed one-liner does with curl: within
     two seconds, silent, exit status 0; what cannot be sent waits in the spool."""
-    if send_hook(*target(False), agent, event, sys.stdin.buffer.read()) and os.fork() == 0:
+    try:
+        server, token = target(False)
+    except click.UsageError:  # the user's file makes no sense: without it rather than without the event
+        os.environ["XDG_CONFIG_HOME"] = os.devnull
+        server, token = target(False)
+    if send_hook(server, token, agent, event, sys.stdin.buffer.read()) and os.fork() == 0:
         try:  # in a process apart: the agent waits for us, and for what holds its pipes
             os.setsid()
             for number in range(3):
                 os.dup2(os.open(os.devnull, os.O_RDWR), number)
-            flush_spool(*target(False))
+            flush_spool(server, token)
         finally:
             os._exit(0)
 
@@ -6821,22 +6815,23 @@ def hooks_install(agent: str, project: bool, http: bool, block: bool, dry_run: b
     version = agent_version(agent) if gated else None
     wanted = wanted_hooks(agent, target(project)[0], version, http)
     if block:
-        return quiet() or click.echo(with_hooks(None, wanted, agent), nl=False)
+        print_text(with_hooks(None, wanted, agent))
+        return
     file = HookFile(agent, project)
     before, text = file.original(), with_hooks(file.text, wanted, agent)
-    text = text if text == file.text else with_hooks(before, wanted, agent)
-    changed = text != file.text
+    if changed := text != file.text:
+        text = with_hooks(before, wanted, agent)
     ask = changed and not yes and sys.stdin.isatty() and sys.stdout.isatty()
-    if ask or (changed and dry_run and not quiet()):
+    if ask or (changed and dry_run):
         sides = (file.text or "").splitlines(), text.splitlines()
-        click.echo("\n".join(difflib.unified_diff(*sides, file.name, file.name, lineterm="")))
+        print_lines(difflib.unified_diff(*sides, file.name, file.name, lineterm=""))
     if dry_run or (ask and not click.confirm(f"Write {file.name}?")):
-        return None
+        return
     if changed:
         file.write(text, before)
     told = {"agent": agent, "version": version, "file": file.name, "changed": changed}
     told |= {"events": [event for event, _ in wanted], "note": hook_agents()[agent].get("note")}
-    return show({name: value for name, value in told.items() if value is not None})
+    show(filled(told))
 
 
 @command("hooks remove", "agent project")
@@ -6856,7 +6851,7 @@ def hooks_check(agent: str | None) -> None:
     agents = check_agents([agent] if agent else AGENTS)
     problems = [row["problem"] for row in agents if "problem" in row]
     (server, token), installed = target(), [row["server"] for row in agents if row["installed"]]
-    given = click.get_current_context().meta.get("monitor.MONITOR_SERVER") or os.environ.get("MONITOR_SERVER")
+    given = setting("server")[2] in ("option", "environment")
     server = installed[0] if installed and not given else server
     status = post_spooled(server, token)
     problems += [trouble_of(server, status).message] if installed and status != 400 else []
@@ -6890,16 +6885,10 @@ def bridge() -> None:
 
 def remote_tool(name: str, given: dict[str, Any]) -> str:
     """Have the server run a tool, for the task that we are in; returns its text. Problem says why not."""
-    message = {
-        "jsonrpc": "2.0",
-        "id": 0,
-        "method": "tools/call",
-        "params": {"name": name, "arguments": given},
-    }
+    call = {"name": name, "arguments": given}
+    message = {"jsonrpc": "2.0", "id": 0, "method": "tools/call", "params": call}
     told = ask(*target(), "POST", f"/mcp?task_id={quoted(current_task() or '')}", message)
-    result = told.get("result")
-    if not isinstance(result, dict) or "content" not in result:
-        raise trouble_of(target()[0], 200)
+    result = expect(expect(told, result=dict)["result"], content=list)
     if result.get("isError"):
         raise invalid(result["content"][0]["text"])
     return result["content"][0]["text"]
@@ -6917,9 +6906,8 @@ def prime(task_id: str | None) -> None:
             raise trouble_of(target()[0], 200)
     except Exception as error:  # whatever it is: no agent's start may fail of it
         text = f"Nothing from Monitor now: {brief(getattr(error, 'message', error))}\n{guide()}"
-    if not quiet():
-        encoding = sys.stdout.encoding or "utf-8"  # of a hook it may be ASCII
-        click.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
+    encoding = sys.stdout.encoding or "utf-8"  # of a hook it may be ASCII
+    print_text(text.encode(encoding, "replace").decode(encoding))
 
 
 @command("skill", "install")
@@ -6927,10 +6915,11 @@ def skill(install: str | None) -> None:
     """Print what agents should know of Monitor as a skill, or install it for an agent."""
     text = asset("templates", "skill.md")
     if not install:
-        return quiet() or click.echo(text.decode(), nl=False)
+        print_text(text.decode())
+        return
     folder = {"claude": os.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude", "codex": "~/.agents"}[install]
     path = os.path.realpath(os.path.expanduser(f"{folder}/skills/monitor/SKILL.md"))
-    try:
+    with file_errors(f"write {path}"):
         before = Path(path).read_bytes() if os.path.exists(path) else None
         if before is not None and b"<!-- monitor-skill:" not in before:
             raise invalid(f"{path} is not from here; nothing was changed: move it away first")
@@ -6938,9 +6927,7 @@ def skill(install: str | None) -> None:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with new_file(path, 0o644) as file:
                 file.write(text)
-    except OSError as error:
-        raise invalid(f"cannot write {path}: {error.strerror}") from None
-    return show({"agent": install, "file": path, "changed": before != text})
+    show({"agent": install, "file": path, "changed": before != text})
 
 
 @command("serve", " ".join(setting.name for setting in SETTINGS) + " access_log")
@@ -6956,9 +6943,7 @@ def announce(served: Monitor, address: str, with_gevent: bool, demo: bool = Fals
     facts = {"served": served, "address": address, "gevent": with_gevent, "demo": demo, "argv": sys.argv}
     facts |= {"version": __version__, "loopback": LOOPBACK_NAMES, "usual": CLIENT_SETTINGS[0].default}
     text = jinja2.Template(asset("templates", "serve.txt").decode(), trim_blocks=True)
-    if not quiet():
-        click.echo(text.render(facts), nl=False)
-        sys.stdout.flush()
+    print_text(text.render(facts))
 
 
 @command("demo", "bind speed")
@@ -7001,30 +6986,43 @@ def story(served: Monitor, speed: float) -> Iterator[bool]:
                 served.add_update(clean(step, NEW_UPDATE), moment=moment)
 
 
+def open_standard_files() -> None:
+    """Have all three: of one that is closed, what we open next would take the number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+
+
 def main() -> None:
     """The console script: `monitor` and `monitor-cli`."""
-    if sys.argv[1:2] == ["hook"] and not (sys.stderr and sys.stderr.isatty()):
+    open_standard_files()
+    if sys.argv[1:2] == ["hook"] and not sys.stderr.isatty():
         with contextlib.suppress(BaseException):  # an agent reads what we say, and takes an error for a no
             cli.main(prog_name="monitor", standalone_mode=False)
-        return None
+        return
     try:
-        return cli.main(prog_name="monitor", standalone_mode=False)
+        cli.main(prog_name="monitor", standalone_mode=False)
+        sys.stdout.flush()
+        return
     except click.exceptions.NoArgsIsHelpError as error:
         if not quiet():
             click.echo(error.format_message(), err=True)
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        context = getattr(error, "ctx", None)
-        message = error.format_message().rstrip(".") + (
-            f"; see: {context.command_path} --help" if context else ""
-        )
-        status = error.exit_code
+        context, status = getattr(error, "ctx", None), error.exit_code
+        hint = f"; see: {context.command_path} --help" if context else ""
+        message = error.format_message().rstrip(".") + hint
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except BrokenPipeError:
         os._exit(1)  # nobody reads on: Python would complain at exit
-    if not quiet():
-        click.echo(f"monitor: {plain(' '.join(message.splitlines()))}", err=True)
+    except OSError as error:
+        message, status = f"cannot write: {error.strerror}", 1
+    notice(" ".join(message.splitlines()))
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os._exit(status)  # the disk is full: Python would complain at exit
     sys.exit(status)
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -771,3 +772,69 @@ def test_a_server_can_be_quiet(tmp_path):
 def test_a_group_alone_shows_its_help(group):
     told = rig.at_rest(*group.split())
     assert told.status == 2 and "\nCommands:\n" in told.error and told.out == ""
+
+
+# Standard files, and words that are not ours -----------------------------------------------------------
+
+
+def script(words: str, redirected: str, **settings: str) -> Ran:
+    """What the installed console script does in a shell, where output is buffered."""
+    code = f"import sys; sys.path[0] = {str(ROOT)!r}; import monitor; sys.exit(monitor.main())"
+    environment = clean_environment(**settings)
+    environment.pop("PYTHONUNBUFFERED")
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -c "$1" {words} {redirected}', sys.executable, code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("words", ["skill", "hooks install claude --print", "prime", "completion bash"])
+def test_quiet_succeeds_also_as_the_console_script(words):
+    assert script(f"{words} --quiet", "", MONITOR_SERVER="http://127.0.0.1:9") == Ran(0, "", "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize("words", ["config", "skill", "--help", "--version"])
+def test_a_full_output_is_told_in_one_line_also_where_it_is_buffered(words):
+    assert_one_line(script(words, ">/dev/full"), 1, "cannot write")
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
+def test_closed_files_are_no_fault(closed):
+    assert script("config", closed) == Ran(0, "", "")
+
+
+def test_quiet_behind_two_dashes_is_meant_for_another_program():
+    ran = run("run", "--new", "x", "--", "echo", "--quiet", MONITOR_SERVER="http://127.0.0.1:9")
+    assert (ran.status, ran.out) == (0, "--quiet\n")
+    assert "http://127.0.0.1:9" in ran.error
+
+
+@pytest.fixture(scope="module")
+def distrusted(tmp_path_factory):
+    """The address of a server whose certificate nobody has signed."""
+    folder = tmp_path_factory.mktemp("certificate")
+    words = "openssl req -x509 -newkey rsa:2048 -nodes -keyout key -out cert -days 2 -subj /CN=localhost"
+    try:
+        subprocess.run(words.split(), cwd=folder, check=True, capture_output=True)
+    except OSError:
+        pytest.skip("there is no openssl")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(folder / "cert", folder / "key")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stub) as server:
+        server.handle_error = lambda *_: None
+        server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield f"https://localhost:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("words", [("task", "list"), ("watch",), ("check",)], ids=" ".join)
+def test_a_certificate_that_is_not_trusted_is_told(call, distrusted, words):
+    assert_one_line(call(*words, MONITOR_SERVER=distrusted), 5, "certificate", "SSL_CERT_FILE")

@@ -319,3 +319,20 @@ def test_settings_of_a_real_process(tmp_path, server):
     ran = run("config", folder=tmp_path)
     assert (json.loads(ran.out)["items"][0]["value"], ran.error) == (server.url, "")
     assert re.search(r"server +http", rig.in_terminal("config", folder=tmp_path).out)
+
+
+@pytest.mark.parametrize("text", ["server = ", "sever = 1"])
+def test_a_file_that_makes_no_sense_loses_no_event_of_an_agent(place, fresh, text):
+    place.user.write_text(text)
+    server = fresh()
+    event = json.dumps({"session_id": "s", "cwd": "/nowhere", "hook_event_name": "SessionStart"})
+    done = rig.subprocess.run(
+        [rig.sys.executable, rig.ROOT / "monitor.py", "hook", "claude"],
+        env=rig.clean_environment(**place.base, MONITOR_SERVER=server.url),
+        input=event,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert server.get("/api/updates")["items"][0]["source"] == "claude:s"

@@ -207,7 +207,6 @@ def test_it_runs_commands(packed, server, task):
 
 
 def test_a_server_with_a_certificate_that_nobody_vouches_for_is_told_in_a_sentence(packed, tmp_path):
-    """The certificates are in the zip, from which OpenSSL cannot read: requests puts them into a file."""
     if not shutil.which("openssl"):
         pytest.skip("there is no openssl")
     names = {"-keyout": tmp_path / "key", "-out": tmp_path / "certificate", "-subj": "/CN=localhost"}
