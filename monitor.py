@@ -1310,6 +1310,7 @@ class Kind(NamedTuple):
 
     def make(self, row: sqlite3.Row) -> dict[str, Any]:
         """A row as the JSON object clients know: what has no value is left out."""
+        row = dict(zip(row.keys(), row, strict=True))  # a Row goes through all its names for each
         found = {name: row[name] for name in self.columns.split() if row[name] is not None}
         return found | {name: json.loads(found[name]) for name in JSON_COLUMNS if name in found}
 
@@ -1541,22 +1542,22 @@ class Queries:
         faults = self.rows("SELECT * FROM faults WHERE n > 0")
         return problems + [f"{row['n']} {row['what']}" for row in faults]
 
-    def activity(self, seconds: int, count: int, task: int | None = None) -> dict[str, dict[int, Any]]:
-        """How much happened in the last `count` spans of so many seconds: for each task (or one) by its id,
+    def activity(self, seconds: int, count: int, task: int | None = None) -> dict[int, dict[int, Any]]:
+        """How much happened in the last `count` spans of so many seconds: for each task (or one), by number,
         for each span that is not empty by its place, `updates`, `errors` among them, and the `last` seq."""
         first = int(time.time()) // seconds - count + 1
         sql = f"""
-            SELECT tasks.id, strftime('%s', timestamp) / :seconds - :first AS span, COUNT(*) AS updates,
+            SELECT task, strftime('%s', timestamp) / :seconds - :first AS span, COUNT(*) AS updates,
                    SUM(level IS 'error') AS errors, MAX(seq) AS last
-            FROM updates JOIN tasks ON number = task
+            FROM updates
             WHERE seq >= (SELECT seq FROM updates WHERE timestamp >= :since ORDER BY timestamp LIMIT 1)
               AND timestamp >= :since AND {"TRUE" if task is None else "task = :task"}
-            GROUP BY tasks.id, span
+            GROUP BY +task, span
         """
         since = timestamp(datetime.datetime.fromtimestamp(first * seconds, datetime.UTC))
-        found: dict[str, dict[int, Any]] = {}
+        found: dict[int, dict[int, Any]] = {}
         for row in self.rows(sql, since=since, seconds=seconds, first=first, task=task):
-            found.setdefault(row["id"], {})[row["span"]] = row
+            found.setdefault(row["task"], {})[row["span"]] = row
         return found
 
     def changes(self, task: int, after: int, before: int) -> list[dict[str, Any]]:
@@ -4064,7 +4065,7 @@ def dashboard(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
         if not missed:
             task |= {"last": last, "seq": last["seq"] if last else 0, "since": times[task["id"]]}
             parts = groups.setdefault(task.get(place, "all"), {"open": [], "closed": []})
-            task["strip"] = strips.get(task["id"])
+            task["strip"] = strips.get(task["number"])
             parts["open" if task["status"] in OPEN else "closed"].append(task)
     found = {"workstreams": q.workstreams(scope), "groups": groups, "counts": counts, "chosen": chosen}
     return found | {"rows": MAX_INTEGER if wanted.get("all") else DASHBOARD_ROWS}
@@ -4128,7 +4129,7 @@ def one_task(q: Queries, wanted: dict[str, Any], reference: str) -> dict[str, An
     found |= {"runs": q.sessions(of_task), "links": q.links(of_task)}
     found["total"] = q.updates(Filter(task=row["number"]), {"limit": 1})[1]
     found["since"] = row["status_since"] or row["created_at"]
-    found["strip"] = q.activity(*DAY, row["number"]).get(row["id"])
+    found["strip"] = q.activity(*DAY, row["number"]).get(row["number"])
     found |= thread(q, chosen, wanted)
     before = wanted.get("before_seq", MAX_INTEGER)
     if "around" in wanted and found["updates"]:
