@@ -3574,9 +3574,11 @@ class Socket:
                     self.close(3001, "the server is shutting down")
                 elif self._ended():
                     self.close(3502, "the session has ended")
-                elif time.monotonic() - pinged >= PING_SECONDS and self._pings >= 2:
+                elif time.monotonic() - pinged < PING_SECONDS:
+                    continue
+                elif self._pings >= 2:
                     self._cut()
-                elif time.monotonic() - pinged >= PING_SECONDS:
+                else:
                     self._pings, pinged = self._pings + 1, time.monotonic()
                     self._send(PING_FRAME)
         except (OSError, Problem):
@@ -3622,7 +3624,8 @@ class Socket:
         try:
             message = parse_json(text.encode())
             operation = clean(message, SOCKET_OPERATION)["op"]
-            told = '"ok":' + getattr(self, operation)(**clean(message, SOCKET_FIELDS[operation]))
+            done = getattr(self, operation)(**clean(message, SOCKET_FIELDS[operation]))
+            told = '"ok":' + (done or "true")
         except Problem as problem:
             told = '"error":' + dump(problem.body())
         try:
@@ -3632,7 +3635,7 @@ class Socket:
                 thread.ident or thread.start()
         return None
 
-    def subscribe(self, sub: str, after: Any = None, stream: Any = None, filter: Any = None) -> str:
+    def subscribe(self, sub: str, after: Any = None, stream: Any = None, filter: Any = None) -> None:
         """Follow the log from a cursor on, else from now on."""
         if sub in self._subscriptions:
             raise Problem("conflict", f"sub {sub!r} is there already: unsubscribe it first", "sub")
@@ -3647,7 +3650,6 @@ class Socket:
             raise Problem("unavailable", FULL)
         follower = threading.Thread(target=self._follow, args=(sub, start, head, chosen), daemon=True)
         self._subscriptions[sub] = follower  # begins when this is acknowledged
-        return "true"
 
     def _follow(self, sub: str, start: Cursor, head: sqlite3.Row, chosen: Filter) -> None:
         broadcaster = self._served.broadcaster
@@ -3662,11 +3664,10 @@ class Socket:
         finally:
             broadcaster.leave()
 
-    def unsubscribe(self, sub: str) -> str:
+    def unsubscribe(self, sub: str) -> None:
         """End a subscription: nothing of it comes once this is acknowledged."""
         if self._subscriptions.pop(sub, None) is None:
             raise Problem("not_found", f"there is no sub {sub!r}", "sub")
-        return "true"
 
     def update(self, update: dict[str, Any], key: str | None = None) -> str:
         """Store an update, as POST /api/updates does."""
@@ -3675,9 +3676,8 @@ class Socket:
         posted = clean(update, NEW_UPDATE)
         return self._served.add_update(posted, check_key(key), posted)[0]
 
-    def ping(self) -> str:
+    def ping(self) -> None:
         """Nothing but an answer: a browser's script does not see the protocol's own pings."""
-        return "true"
 
 
 def accept_handshake() -> bytes:
@@ -3927,16 +3927,14 @@ def stream(wanted: dict[str, Any]):
     start = place_cursor(given, wanted.get("stream"), head)
     batches = follow(store, broadcaster, start.seq, chosen, wanted.get("poll", False))
     batches = ticks(batches, broadcaster) if "view" in wanted else batches
-    body: Iterable[bytes] = stream_bytes(style, start, head, batches, lambda: broadcaster.closed)
     ended = session_watch()  # a stream ends with the session that it was opened in
-    body = itertools.takewhile(lambda _: not ended(), body)
-    full = not broadcaster.join()
-    if full:
-        body = [b"retry: 30000\n: too many streams\n\n"] if style.ends else []
-    headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-store"}
-    response = flask.Response(body, mimetype=style.mimetype, headers=headers)
-    if not full:
+    chunks = stream_bytes(style, start, head, batches, lambda: broadcaster.closed)
+    response = flask.Response(itertools.takewhile(lambda _: not ended(), chunks), mimetype=style.mimetype)
+    response.headers.update({"X-Accel-Buffering": "no", "Cache-Control": "no-store"})
+    if broadcaster.join():
         response.call_on_close(broadcaster.leave)
+    else:
+        response.response = [b"retry: 30000\n: too many streams\n\n"] if style.ends else []
     return response
 
 
@@ -3951,9 +3949,9 @@ def send_backup():
 def prune_updates(posted: dict[str, Any]):
     """Remove old updates for a second; the caller repeats it while any are left."""
     before = timestamp(datetime.datetime.now(datetime.UTC) - parse_age(posted["older_than"]))
-    data_only = posted.get("data_only", False)
+    done, data_only = 0, posted.get("data_only", False)
     if posted.get("dry_run"):
-        done, left = 0, monitor().store.read(lambda q: q.expired(before, data_only))
+        left = monitor().store.read(lambda q: q.expired(before, data_only))
     else:
         done, left = monitor().prune(before, data_only)
     return answer(dump({"pruned": done, "left": left}))
@@ -4387,10 +4385,8 @@ def call_tool(named: str | None, name: str, given: dict[str, Any]) -> str:
 
 def own_reference(name: str, named: str | None) -> str:
     """The task that the request names, or its workstream."""
-    row = None
-    if named:
-        reference = FIELDS["task_id"].check(named, "the header X-Monitor-Task")
-        row = monitor().store.read_here(lambda q: q.find(TASK, reference))
+    reference = FIELDS["task_id"].check(named, "the header X-Monitor-Task") if named else ""
+    row = monitor().store.read_here(lambda q: q.find(TASK, reference))
     if row is None:
         raise invalid(f"{name} is missing: list_tasks shows them; no task is known to be your own", name)
     return row["id" if name == "task_id" else name]
