@@ -3273,10 +3273,11 @@ def logged_in() -> bool:
 
 
 def session_watch() -> Callable[[], bool]:
-    """What tells, later on, whether the browser session that a stream was opened in has been ended."""
-    cookie, served = flask.request.cookies.get(cookie_name()), monitor()
-    if not cookie or not served.config.tokens:
+    """What tells, later on, whether the browser session that a stream was opened in has been ended. Where it
+    was over before, something else lets the stream in."""
+    if not logged_in():
         return lambda: False
+    cookie, served = flask.request.cookies[cookie_name()], monitor()
     return lambda: served.store.read_here(lambda q: q.session_ended(cookie))
 
 
