@@ -1310,6 +1310,7 @@ class Kind(NamedTuple):
 
     def make(self, row: sqlite3.Row) -> dict[str, Any]:
         """A row as the JSON object clients know: what has no value is left out."""
+        row = dict(zip(row.keys(), row, strict=True))  # a Row goes through all its names for each
         found = {name: row[name] for name in self.columns.split() if row[name] is not None}
         return found | {name: json.loads(found[name]) for name in JSON_COLUMNS if name in found}
 
@@ -1541,22 +1542,22 @@ class Queries:
         faults = self.rows("SELECT * FROM faults WHERE n > 0")
         return problems + [f"{row['n']} {row['what']}" for row in faults]
 
-    def activity(self, seconds: int, count: int, task: int | None = None) -> dict[str, dict[int, Any]]:
-        """How much happened in the last `count` spans of so many seconds: for each task (or one) by its id,
+    def activity(self, seconds: int, count: int, task: int | None = None) -> dict[int, dict[int, Any]]:
+        """How much happened in the last `count` spans of so many seconds: for each task (or one), by number,
         for each span that is not empty by its place, `updates`, `errors` among them, and the `last` seq."""
         first = int(time.time()) // seconds - count + 1
         sql = f"""
-            SELECT tasks.id, strftime('%s', timestamp) / :seconds - :first AS span, COUNT(*) AS updates,
+            SELECT task, strftime('%s', timestamp) / :seconds - :first AS span, COUNT(*) AS updates,
                    SUM(level IS 'error') AS errors, MAX(seq) AS last
-            FROM updates JOIN tasks ON number = task
+            FROM updates
             WHERE seq >= (SELECT seq FROM updates WHERE timestamp >= :since ORDER BY timestamp LIMIT 1)
               AND timestamp >= :since AND {"TRUE" if task is None else "task = :task"}
-            GROUP BY tasks.id, span
+            GROUP BY +task, span
         """
         since = timestamp(datetime.datetime.fromtimestamp(first * seconds, datetime.UTC))
-        found: dict[str, dict[int, Any]] = {}
+        found: dict[int, dict[int, Any]] = {}
         for row in self.rows(sql, since=since, seconds=seconds, first=first, task=task):
-            found.setdefault(row["id"], {})[row["span"]] = row
+            found.setdefault(row["task"], {})[row["span"]] = row
         return found
 
     def changes(self, task: int, after: int, before: int) -> list[dict[str, Any]]:
@@ -3272,10 +3273,11 @@ def logged_in() -> bool:
 
 
 def session_watch() -> Callable[[], bool]:
-    """What tells, later on, whether the browser session that a stream was opened in has been ended."""
-    cookie, served = flask.request.cookies.get(cookie_name()), monitor()
-    if not cookie or not served.config.tokens:
+    """What tells, later on, whether the browser session that a stream was opened in has been ended. Where it
+    was over before, something else lets the stream in."""
+    if not logged_in():
         return lambda: False
+    cookie, served = flask.request.cookies[cookie_name()], monitor()
     return lambda: served.store.read_here(lambda q: q.session_ended(cookie))
 
 
@@ -3307,13 +3309,14 @@ def token_needed(config: Config, method: str, path: str, full: Any = None) -> bo
     if config.auth_mode == "strict" and not config.tokens:
         raise misconfigured("strict mode needs tokens: set MONITOR_API_TOKENS")
     writes = method not in SAFE_METHODS and path != "/mcp"  # there the tools that write look
-    writes = writes or path.startswith("/api/admin/")
-    return bool(config.tokens) and (config.auth_mode == "strict" or writes)
+    closed = writes or path.startswith("/api/admin/") or config.auth_mode == "strict"
+    return bool(config.tokens) and closed
 
 
-def authorised(config: Config) -> bool:
-    """Whether the current request brings a valid token, or a session."""
-    return bool(match_token(bearer_token(), config.tokens)) or logged_in()
+def authorised() -> bool:
+    """Whether the current request brings a valid token, or a session; without tokens of ours each does."""
+    tokens = monitor().config.tokens
+    return not tokens or bool(match_token(bearer_token(), tokens)) or logged_in()
 
 
 def guard():
@@ -3326,8 +3329,7 @@ def guard():
         raise Problem("forbidden", "requests from another web site are refused")
     if UNSTORABLE.search(request.query_string.decode("utf-8", "surrogateescape")):
         raise invalid("the query is not UTF-8 text")  # Werkzeug decodes it without asking
-    needed = token_needed(config, request.method, request.path, request.args.get("full"))
-    if not needed or authorised(config):
+    if not token_needed(config, request.method, request.path, request.args.get("full")) or authorised():
         return None
     if wants_page() and request.method in SAFE_METHODS:
         return flask.redirect("/login?next=" + quoted(request.full_path.rstrip("?")), 303)
@@ -3573,9 +3575,11 @@ class Socket:
                     self.close(3001, "the server is shutting down")
                 elif self._ended():
                     self.close(3502, "the session has ended")
-                elif time.monotonic() - pinged >= PING_SECONDS and self._pings >= 2:
+                elif time.monotonic() - pinged < PING_SECONDS:
+                    continue
+                elif self._pings >= 2:
                     self._cut()
-                elif time.monotonic() - pinged >= PING_SECONDS:
+                else:
                     self._pings, pinged = self._pings + 1, time.monotonic()
                     self._send(PING_FRAME)
         except (OSError, Problem):
@@ -3621,7 +3625,8 @@ class Socket:
         try:
             message = parse_json(text.encode())
             operation = clean(message, SOCKET_OPERATION)["op"]
-            told = '"ok":' + getattr(self, operation)(**clean(message, SOCKET_FIELDS[operation]))
+            done = getattr(self, operation)(**clean(message, SOCKET_FIELDS[operation]))
+            told = '"ok":' + (done or "true")
         except Problem as problem:
             told = '"error":' + dump(problem.body())
         try:
@@ -3631,7 +3636,7 @@ class Socket:
                 thread.ident or thread.start()
         return None
 
-    def subscribe(self, sub: str, after: Any = None, stream: Any = None, filter: Any = None) -> str:
+    def subscribe(self, sub: str, after: Any = None, stream: Any = None, filter: Any = None) -> None:
         """Follow the log from a cursor on, else from now on."""
         if sub in self._subscriptions:
             raise Problem("conflict", f"sub {sub!r} is there already: unsubscribe it first", "sub")
@@ -3646,7 +3651,6 @@ class Socket:
             raise Problem("unavailable", FULL)
         follower = threading.Thread(target=self._follow, args=(sub, start, head, chosen), daemon=True)
         self._subscriptions[sub] = follower  # begins when this is acknowledged
-        return "true"
 
     def _follow(self, sub: str, start: Cursor, head: sqlite3.Row, chosen: Filter) -> None:
         broadcaster = self._served.broadcaster
@@ -3661,11 +3665,10 @@ class Socket:
         finally:
             broadcaster.leave()
 
-    def unsubscribe(self, sub: str) -> str:
+    def unsubscribe(self, sub: str) -> None:
         """End a subscription: nothing of it comes once this is acknowledged."""
         if self._subscriptions.pop(sub, None) is None:
             raise Problem("not_found", f"there is no sub {sub!r}", "sub")
-        return "true"
 
     def update(self, update: dict[str, Any], key: str | None = None) -> str:
         """Store an update, as POST /api/updates does."""
@@ -3674,9 +3677,8 @@ class Socket:
         posted = clean(update, NEW_UPDATE)
         return self._served.add_update(posted, check_key(key), posted)[0]
 
-    def ping(self) -> str:
+    def ping(self) -> None:
         """Nothing but an answer: a browser's script does not see the protocol's own pings."""
-        return "true"
 
 
 def accept_handshake() -> bytes:
@@ -3702,8 +3704,7 @@ def open_socket():
     """Take the connection over as a WebSocket. What is wrong is told before that, as to any request."""
     served, environ, accepted = monitor(), flask.request.environ, accept_handshake()
     connection = environ.get("monitor.connection") or (environ["werkzeug.socket"], environ["wsgi.input"])
-    may_write = not served.config.tokens or authorised(served.config)
-    socket = Socket(served, connection, may_write, session_watch())
+    socket = Socket(served, connection, authorised(), session_watch())
     if not served.broadcaster.join():
         raise Problem("unavailable", FULL)
 
@@ -3745,6 +3746,7 @@ TASK_FILTER = "group status workstream_id attention source q include_hidden incl
 THREAD_FILTER = "before_seq around seen level source kind tag q task_id workstream_id layout pin fixed"
 FILE_TYPES = {"md": "text/markdown", "json": "application/json", "ndjson": LINES_TYPE}
 TOOL_KINDS = ("tool_use", "tool_failure", "file_change")
+OPEN = ("active", "blocked")  # the states of tasks that are not over
 
 
 def answer(text: str, status: int = 200):
@@ -3790,19 +3792,14 @@ def query(fields: Fields, blanks: bool = True) -> dict[str, Any]:
     return clean(given | ({"tag": args.getlist("tag")} if "tag" in given else {}), fields)
 
 
-def read_path() -> None:
-    """Check what a path names, for its handler; what can name nothing is not found."""
-    named = flask.request.view_args or {}
+def respond(route: Route, **named: Any):
+    """Answer a request: the handler of its route is given what the path names (what can name nothing is not
+    found), and what the route's tables have checked."""
     for name in PATH.keys() & named:
         try:
             named[name] = PATH[name].check(named[name], "id" if name == "reference" else name)
         except Problem as problem:
             raise Problem("not_found", f"{problem.message}; it is {named[name][:60]!r}") from None
-
-
-def respond(route: Route, **named: Any):
-    """Answer a request: the handler of its route is given what the path names, and what the route's tables
-    have checked."""
     if route.query is not None:
         named["wanted"] = query(route.query)
     if route.body is not None:
@@ -3815,36 +3812,25 @@ def health(wanted: dict[str, Any]):
     return answer(dump(monitor().health() if wanted.get("full") else {"status": "ok"}))
 
 
-Reading = Callable[[Queries, dict[str, Any]], list[dict[str, Any]]]
-
-
-def list_all(read: Reading, wanted: dict[str, Any]):
+def list_all(read: Callable[..., list[dict[str, Any]]], wanted: dict[str, Any]):
     """The objects that the query asks for."""
     found = monitor().store.read(lambda q: read(q, wanted))
     return items([dump(each) for each in found], len(found))
 
 
+def make_one(kind: Kind, posted: dict[str, Any]):
+    """Make a workstream or task."""
+    return answer(monitor().create(kind, posted), 201)
+
+
+def change_one(kind: Kind, reference: str, posted: dict[str, Any]):
+    """Change a workstream or task."""
+    return answer(monitor().change(kind, reference, posted))
+
+
 def show_one(kind: Kind, reference: str):
     """One workstream or task."""
     return answer(monitor().store.read_here(lambda q: dump(kind.make(q.one(kind, reference)))))
-
-
-def kind_routes(kind: Kind, read: Reading, asked: Fields):
-    """The routes of the API that make, list, show and change workstreams or tasks."""
-    place, one = f"/api/{kind.table}", f"/api/{kind.table}/<reference>"
-    return (
-        ("POST", place, lambda posted: answer(monitor().create(kind, posted), 201), kind.new),
-        ("GET", place, lambda wanted: list_all(read, wanted), None, asked),
-        ("GET", one, show_task, None, TASK_WAIT)
-        if kind is TASK
-        else ("GET", one, lambda reference: show_one(kind, reference)),
-        (
-            "PATCH",
-            one,
-            lambda reference, posted: answer(monitor().change(kind, reference, posted)),
-            kind.changes,
-        ),
-    )
 
 
 def show_task(reference: str, wanted: dict[str, Any]):
@@ -3873,34 +3859,30 @@ def idempotency_key() -> str | None:
     return check_key(flask.request.headers.get("Idempotency-Key"))
 
 
-def post_update(posted: dict[str, Any], draft: Callable[[dict], Draft] | None = None):
-    """Store an update, or the one that `draft` makes of a payload. 201, or 200 when its idempotency key has
-    been seen with the same body."""
-    made = draft_fields(posted["task_id"], draft(monitor().masked(posted))) if draft else posted
+def post_update(posted: dict[str, Any], draft: Callable[..., Draft] | None = None):
+    """Store an update, or the one that `draft` makes of a payload and a webhook's headers. 201, or 200 when
+    its idempotency key has been seen with the same body."""
+    made = posted
+    if draft:
+        told = {name: posted[name] for name in posted if name != "task_id"}
+        made = draft_fields(posted["task_id"], draft(**monitor().masked(told)))
     body, created = monitor().add_update(made, idempotency_key(), posted)
     return answer(body, 201 if created else 200)
 
 
-def post_claude(posted: dict[str, Any]):
-    """Store the update of a Claude Code hook payload."""
-    return post_update(posted, lambda masked: agent_draft("claude", masked["payload"]))
+post_claude = functools.partial(post_update, draft=functools.partial(agent_draft, "claude"))
+post_webhook = functools.partial(post_update, draft=github_draft)
 
 
-def post_webhook(posted: dict[str, Any]):
-    """Store the update of a GitHub webhook payload."""
-    return post_update(posted, lambda masked: github_draft(masked["payload"], masked.get("headers")))
-
-
-def named_task() -> str | None:
+def named_task(wanted: dict[str, Any]) -> str | None:
     """The task that a hook, webhook or agent names; empty values count as absent."""
-    request = flask.request
-    return request.args.get("task_id") or request.headers.get("X-Monitor-Task", "").strip() or None
+    return wanted.get("task_id") or flask.request.headers.get("X-Monitor-Task", "").strip() or None
 
 
 def receive_hook(agent: str, wanted: dict[str, Any]):
     """Take in an agent's hook as it is; 204 whatever becomes of it."""
     payload = parse_hook(read_body(MAX_WEBHOOK))
-    monitor().take_hook(Hook(agent, payload, wanted.get("event"), named_task(), idempotency_key()))
+    monitor().take_hook(Hook(agent, payload, wanted.get("event"), named_task(wanted), idempotency_key()))
     return flask.Response(status=204)
 
 
@@ -3928,7 +3910,7 @@ def receive_webhook(wanted: dict[str, Any]):
     if isinstance(payload, dict) and len(payload) == 1 and isinstance(payload.get("payload"), str):
         payload = parse_hook(payload["payload"].encode("utf-8", "replace"))
     headers = {name: request.headers.get(name, "") for name in ("X-GitHub-Event", "X-GitHub-Delivery")}
-    return answer(*monitor().take_webhook(payload, headers, named_task()))
+    return answer(*monitor().take_webhook(payload, headers, named_task(wanted)))
 
 
 def list_updates(wanted: dict[str, Any]):
@@ -3946,16 +3928,14 @@ def stream(wanted: dict[str, Any]):
     start = place_cursor(given, wanted.get("stream"), head)
     batches = follow(store, broadcaster, start.seq, chosen, wanted.get("poll", False))
     batches = ticks(batches, broadcaster) if "view" in wanted else batches
-    body: Iterable[bytes] = stream_bytes(style, start, head, batches, lambda: broadcaster.closed)
     ended = session_watch()  # a stream ends with the session that it was opened in
-    body = itertools.takewhile(lambda _: not ended(), body)
-    full = not broadcaster.join()
-    if full:
-        body = [b"retry: 30000\n: too many streams\n\n"] if style.ends else []
-    headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-store"}
-    response = flask.Response(body, mimetype=style.mimetype, headers=headers)
-    if not full:
+    chunks = stream_bytes(style, start, head, batches, lambda: broadcaster.closed)
+    response = flask.Response(itertools.takewhile(lambda _: not ended(), chunks), mimetype=style.mimetype)
+    response.headers.update({"X-Accel-Buffering": "no", "Cache-Control": "no-store"})
+    if broadcaster.join():
         response.call_on_close(broadcaster.leave)
+    else:
+        response.response = [b"retry: 30000\n: too many streams\n\n"] if style.ends else []
     return response
 
 
@@ -3970,9 +3950,9 @@ def send_backup():
 def prune_updates(posted: dict[str, Any]):
     """Remove old updates for a second; the caller repeats it while any are left."""
     before = timestamp(datetime.datetime.now(datetime.UTC) - parse_age(posted["older_than"]))
-    data_only = posted.get("data_only", False)
+    done, data_only = 0, posted.get("data_only", False)
     if posted.get("dry_run"):
-        done, left = 0, monitor().store.read(lambda q: q.expired(before, data_only))
+        left = monitor().store.read(lambda q: q.expired(before, data_only))
     else:
         done, left = monitor().prune(before, data_only)
     return answer(dump({"pruned": done, "left": left}))
@@ -4057,22 +4037,23 @@ def asking(q: Queries) -> list[dict[str, Any]]:
 
 def palette(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
     """What the command palette leads to: open tasks first, the newest first."""
-    tasks = sorted(
-        q.tasks({}), key=lambda task: (task["status"] not in ("active", "blocked"), -task["number"])
-    )
+    tasks = q.tasks({})
+    tasks.sort(key=lambda task: (task["status"] not in OPEN, -task["number"]))
     return {"tasks": tasks[:500], "workstreams": q.workstreams({})}
 
 
 def dashboard(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
-    """The tasks that the filters leave, each with its newest update; and for each filter, how many tasks each
-    of its values would leave beside the other filters."""
+    """The tasks that the filters leave, in groups, each with its newest update; and for each filter, how many
+    tasks each of its values would leave beside the other filters."""
     scope = {name: wanted[name] for name in ("q", "include_hidden", "include_archived") if name in wanted}
     chosen = {name: [wanted[name]] for name in ("status", "source") if name in wanted}
     chosen |= {"attention": wanted["attention"]} if "attention" in wanted else {}
     if "workstream_id" in wanted:
         chosen["workstream_id"] = [q.one(WORKSTREAM, wanted["workstream_id"])["id"]]
-    newest, strips, times, tasks = q.newest_of_tasks(), q.activity(*HOUR), q.status_times(), []
+    newest, strips, times = q.newest_of_tasks(), q.activity(*HOUR), q.status_times()
     counts: dict[str, Any] = {n: Counter() for n in ("status", "attention", "source", "workstream_id")}
+    groups: dict[str, dict[str, list]] = {}
+    place = {"status": "status", "none": None}.get(wanted.get("group"), "workstream_id")
     for task in q.tasks(scope):
         last = json.loads(newest.get(task["id"], "null"))
         values = task | {"attention": task.get("attention", {}).get("state")}
@@ -4081,9 +4062,11 @@ def dashboard(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
         for name, count in counts.items():
             count[values[name]] += missed <= {name}
         if not missed:
-            told = {"last": last, "seq": last["seq"] if last else 0, "since": times[task["id"]]}
-            tasks.append(task | told | {"strip": strips.get(task["id"])})
-    found = {"workstreams": q.workstreams(scope), "tasks": tasks, "counts": counts, "chosen": chosen}
+            task |= {"last": last, "seq": last["seq"] if last else 0, "since": times[task["id"]]}
+            parts = groups.setdefault(task.get(place, "all"), {"open": [], "closed": []})
+            task["strip"] = strips.get(task["number"])
+            parts["open" if task["status"] in OPEN else "closed"].append(task)
+    found = {"workstreams": q.workstreams(scope), "groups": groups, "counts": counts, "chosen": chosen}
     return found | {"rows": MAX_INTEGER if wanted.get("all") else DASHBOARD_ROWS}
 
 
@@ -4145,7 +4128,7 @@ def one_task(q: Queries, wanted: dict[str, Any], reference: str) -> dict[str, An
     found |= {"runs": q.sessions(of_task), "links": q.links(of_task)}
     found["total"] = q.updates(Filter(task=row["number"]), {"limit": 1})[1]
     found["since"] = row["status_since"] or row["created_at"]
-    found["strip"] = q.activity(*DAY, row["number"]).get(row["id"])
+    found["strip"] = q.activity(*DAY, row["number"]).get(row["number"])
     found |= thread(q, chosen, wanted)
     before = wanted.get("before_seq", MAX_INTEGER)
     if "around" in wanted and found["updates"]:
@@ -4204,11 +4187,11 @@ def see_other(place: str, stored: str):
     return flask.redirect(place.format(**json.loads(stored)), 303)
 
 
-def take_form(place: str, kind: Kind, **named: str):
+def take_form(place: str, kind: Kind, reference: str | None = None):
     """Make a workstream or task as a form says, or change the one that is named; go on to its page."""
-    if named:
-        return see_other(place, monitor().change(kind, payload=form(kind.changes), **named))
-    return see_other(place, monitor().create(kind, form(kind.new)))
+    if reference is None:
+        return see_other(place, monitor().create(kind, form(kind.new)))
+    return see_other(place, monitor().change(kind, reference, form(kind.changes)))
 
 
 def add_update_form(reference: str):
@@ -4360,24 +4343,24 @@ def tool_result(params: dict[str, Any], call: Callable[[str, dict], str]) -> dic
         names = ", ".join(mcp_tables().fields)
         raise Problem(-32602, f"name must be one of {names}; arguments must be an object")
     try:
-        given = parse_json(
-            json.dumps(given).encode()
-        )  # only here: what cannot be stored is told to the model
+        given = parse_json(json.dumps(given).encode())  # here: what cannot be stored is told to the model
         return {"content": [{"type": "text", "text": call(name, given)}]}
     except Problem as problem:
         return {"content": [{"type": "text", "text": problem.message}], "isError": True}
 
 
-def receive_mcp():
+def receive_mcp(wanted: dict[str, Any]):
     """Answer a message of a client of the protocol."""
-    told, status = mcp_reply(json_bytes(), flask.request.headers, call_tool)
+    call = functools.partial(call_tool, named_task(wanted))
+    told, status = mcp_reply(json_bytes(), flask.request.headers, call)
     return answer(dump(told), status) if told else flask.Response(status=status)
 
 
-def call_tool(name: str, given: dict[str, Any]) -> str:
-    """Run a tool; returns its text. Where no task or workstream is named, it is about the agent's own."""
+def call_tool(named: str | None, name: str, given: dict[str, Any]) -> str:
+    """Run a tool; returns its text. Where no task or workstream is given, it is about the agent's own, which
+    the request names."""
     served, takes = monitor(), mcp_tables().fields[name]
-    if name in WRITING_TOOLS and served.config.tokens and not authorised(served.config):
+    if name in WRITING_TOOLS and not authorised():
         raise Problem("unauthorized", f"{name} needs a valid token; whoever plugged Monitor in can give it")
     if given.keys() - takes:
         raise invalid(f"there is no {min(given.keys() - takes)[:60]}; {name} takes {', '.join(takes)}")
@@ -4386,14 +4369,14 @@ def call_tool(name: str, given: dict[str, Any]) -> str:
         if each in given and field.kind in ("number", "reference") and not isinstance(given[each], str):
             given[each] = dump(given[each])  # models write numbers as numbers
         elif each not in given and field.required and field.kind == "reference":
-            given[each] = own_reference(each)
+            given[each] = own_reference(each, named)
     wanted = clean(given, takes)
     if "limit" in takes:
         wanted["limit"] = min(wanted.get("limit", 10), MOST_UPDATES)
     if name in READING_TOOLS:
         found = served.store.read(lambda q: READING_TOOLS[name](q, wanted))
     else:
-        run = re.fullmatch(RUN_REFERENCE, named_task() or "")
+        run = re.fullmatch(RUN_REFERENCE, named or "")
         made = json.loads(WRITING_TOOLS[name](wanted, run[0] if run else "mcp"))
         task = served.store.read(lambda q: TASK.make(q.one(TASK, made.get("task_id", made["id"]))))
         found = {"made": made, "task": task}
@@ -4401,12 +4384,10 @@ def call_tool(name: str, given: dict[str, Any]) -> str:
     return flask.render_template("mcp.txt", tool=name, size=size, **found).strip()
 
 
-def own_reference(name: str) -> str:
-    """The task that the request names besides, or its workstream."""
-    named, row = named_task(), None
-    if named:
-        reference = FIELDS["task_id"].check(named, "the header X-Monitor-Task")
-        row = monitor().store.read_here(lambda q: q.find(TASK, reference))
+def own_reference(name: str, named: str | None) -> str:
+    """The task that the request names, or its workstream."""
+    reference = FIELDS["task_id"].check(named, "the header X-Monitor-Task") if named else ""
+    row = monitor().store.read_here(lambda q: q.find(TASK, reference))
     if row is None:
         raise invalid(f"{name} is missing: list_tasks shows them; no task is known to be your own", name)
     return row["id" if name == "task_id" else name]
@@ -4416,7 +4397,7 @@ def open_tasks(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
     """Tasks, without a state asked for those not over: who waits for somebody first, then the newest."""
     states, tasks = FIELDS["attention"].schema["x-words"], q.tasks(wanted)
     if not {"status", "attention"} & wanted.keys():
-        tasks = [task for task in tasks if task["status"] in ("active", "blocked")]
+        tasks = [task for task in tasks if task["status"] in OPEN]
     places = {task["id"]: states.index(task["attention"]["state"]) for task in tasks if "attention" in task}
     tasks.sort(key=lambda task: (places.get(task["id"], len(states)), -task["number"]))
     return {"tasks": tasks, "waiting": len(places), "workstreams": q.workstreams({})}
@@ -4444,9 +4425,9 @@ def guide() -> str:
     return asset("templates", "skill.md").decode().partition("\n---\n")[2]
 
 
-def show_prime():
+def show_prime(wanted: dict[str, Any]):
     """What an agent needs to know when it begins: how its task stands, who waits, how to record."""
-    named = named_task()
+    named = named_task(wanted)
 
     def read(q: Queries) -> dict[str, Any]:
         row = q.find(TASK, FIELDS["task_id"].check(named, "task_id")) if named else None
@@ -4462,12 +4443,20 @@ def show_prime():
 # app: all routes, errors, what every answer has, create_app()
 # ======================================================================================================
 
+NAMED_TASK = fields("task_id=named_task")
+partial = functools.partial
 # Method, rule, handler, and the tables that check body and query for it: Route. An answer of one expression
 # stands here. What a route of the API is for, and answers, stands in templates/openapi.json.
 ROUTES = (
     ("GET", "/health", health, None, fields("full")),
-    *kind_routes(WORKSTREAM, Queries.workstreams, WORKSTREAM_QUERY),
-    *kind_routes(TASK, Queries.tasks, TASK_QUERY),
+    ("POST", "/api/workstreams", partial(make_one, WORKSTREAM), NEW_WORKSTREAM),
+    ("GET", "/api/workstreams", partial(list_all, Queries.workstreams), None, WORKSTREAM_QUERY),
+    ("GET", "/api/workstreams/<reference>", partial(show_one, WORKSTREAM)),
+    ("PATCH", "/api/workstreams/<reference>", partial(change_one, WORKSTREAM), WORKSTREAM_CHANGES),
+    ("POST", "/api/tasks", partial(make_one, TASK), NEW_TASK),
+    ("GET", "/api/tasks", partial(list_all, Queries.tasks), None, TASK_QUERY),
+    ("GET", "/api/tasks/<reference>", show_task, None, TASK_WAIT),
+    ("PATCH", "/api/tasks/<reference>", partial(change_one, TASK), TASK_CHANGES),
     ("POST", "/api/updates", post_update, NEW_UPDATE),
     ("POST", "/api/updates/manual", lambda posted: post_update(posted | {"source": "manual"}), MANUAL_UPDATE),
     ("POST", "/api/updates/claude-hook", post_claude, CLAUDE_HOOK),
@@ -4475,9 +4464,9 @@ ROUTES = (
     ("POST", "/api/hooks/<agent>", receive_hook, None, HOOK_QUERY, MAX_WEBHOOK),
     ("POST", "/api/hooks/spooled", receive_spooled, None, None, MAX_WEBHOOK),
     ("POST", "/api/webhooks/github", receive_webhook, None, OF_TASK, MAX_WEBHOOK),
-    ("GET", "/api/sessions", lambda wanted: list_all(Queries.sessions, wanted), None, OF_TASK),
+    ("GET", "/api/sessions", partial(list_all, Queries.sessions), None, OF_TASK),
     ("POST", "/api/sessions/move", lambda posted: answer(monitor().move_run(posted)), SESSION_MOVE),
-    ("GET", "/api/links", lambda wanted: list_all(Queries.links, wanted), None, OF_TASK),
+    ("GET", "/api/links", partial(list_all, Queries.links), None, OF_TASK),
     ("POST", "/api/links", lambda posted: answer(monitor().link(posted), 201), LINK),
     ("POST", "/api/links/remove", lambda posted: answer(dump(monitor().unlink(posted))), LINK_NAME),
     ("GET", "/api/updates", list_updates, None, UPDATE_QUERY),
@@ -4496,25 +4485,25 @@ ROUTES = (
     ("POST", "/login", log_in),
     ("POST", "/logout", log_out),
     ("GET", "/", lambda: flask.redirect("/dashboard", 303)),
-    ("GET", "/dashboard", lambda: show_page("dashboard.html", dashboard, TASK_FILTER)),
-    ("GET", "/tasks/<reference>", lambda **named: show_page("task.html", one_task, THREAD_FILTER, **named)),
-    ("GET", "/tasks/<reference>.md", lambda reference: download_task("md", reference)),
-    ("GET", "/tasks/<reference>.json", lambda reference: download_task("json", reference)),
-    ("GET", "/stream", lambda: show_page("stream.html", whole_thread, THREAD_FILTER)),
+    ("GET", "/dashboard", partial(show_page, "dashboard.html", dashboard, TASK_FILTER)),
+    ("GET", "/tasks/<reference>", partial(show_page, "task.html", one_task, THREAD_FILTER)),
+    ("GET", "/tasks/<reference>.md", partial(download_task, "md")),
+    ("GET", "/tasks/<reference>.json", partial(download_task, "json")),
+    ("GET", "/stream", partial(show_page, "stream.html", whole_thread, THREAD_FILTER)),
     ("GET", "/stream.ndjson", download_stream, None, FILE_QUERY),
-    ("GET", "/needs", lambda: show_page("needs.html", lambda q, wanted: {}, "")),
-    ("GET", "/palette", lambda: show_page("palette.html", palette, "")),
-    ("POST", "/workstreams", lambda: take_form("/dashboard", WORKSTREAM)),
-    ("POST", "/workstreams/<reference>", lambda **named: take_form("/dashboard", WORKSTREAM, **named)),
-    ("POST", "/tasks", lambda: take_form("/tasks/{id}", TASK)),
-    ("POST", "/tasks/<page:reference>", lambda **named: take_form("/tasks/{id}", TASK, **named)),
+    ("GET", "/needs", partial(show_page, "needs.html", lambda q, wanted: {}, "")),
+    ("GET", "/palette", partial(show_page, "palette.html", palette, "")),
+    ("POST", "/workstreams", partial(take_form, "/dashboard", WORKSTREAM)),
+    ("POST", "/workstreams/<reference>", partial(take_form, "/dashboard", WORKSTREAM)),
+    ("POST", "/tasks", partial(take_form, "/tasks/{id}", TASK)),
+    ("POST", "/tasks/<page:reference>", partial(take_form, "/tasks/{id}", TASK)),
     ("POST", "/tasks/<reference>/updates", add_update_form),
     ("POST", "/tasks/<reference>/runs", move_run_form),
     ("POST", "/tasks/<reference>/links", link_form),
     ("GET", "/static/<name>", static_file),
     ("GET", "/llms.txt", lambda: flask.Response(guide(), mimetype="text/plain")),
-    ("GET", "/prime", show_prime),
-    ("POST", "/mcp", receive_mcp),
+    ("GET", "/prime", show_prime, None, NAMED_TASK),
+    ("POST", "/mcp", receive_mcp, None, NAMED_TASK),
 )
 
 
@@ -4559,15 +4548,11 @@ def show_error(error: Exception):
 
 def finish(response):
     """The headers that every answer has; of pages and files an ETag, 304, and gzip where it is accepted."""
-    request = flask.request
+    request, plain = flask.request, response.mimetype not in COMPRESSED
     response.headers.extend(PAGE_HEADERS)
     if response.status_code in (303, 401):
         response.headers["Cache-Control"] = "no-store"  # a redirection to the login is over after it
-    if (
-        response.status_code != 200
-        or request.method not in SAFE_METHODS
-        or response.mimetype not in COMPRESSED
-    ):
+    if plain or response.status_code != 200 or request.method not in SAFE_METHODS:
         return response
     response.add_etag(weak=True)  # the same for the compressed and the plain text
     response.headers["Cache-Control"] = "no-cache"
@@ -4607,7 +4592,6 @@ def create_app(config: Config | None = None):
     app.jinja_env.filters["quote"] = shlex.quote
     app.extensions["monitor"] = Monitor(config or Config.load())
     app.before_request(guard)
-    app.before_request(read_path)
     app.after_request(finish)
     for route in itertools.starmap(Route, ROUTES):
         name = f"{route.method} {route.rule}".replace(".", " ")

@@ -264,6 +264,14 @@ def test_a_logout_ends_the_streams_of_its_session(strict, welcome):
         assert [event for event, *_ in events] == []
 
 
+def test_a_stream_that_a_token_opened_goes_on_whatever_cookie_came_with_it(strict, welcome):
+    cookie = cookie_of(welcome)
+    welcome.submit("/logout")
+    headers = {"Cookie": f"{cookie.name}={cookie.value}", "Authorization": f"Bearer {TOKEN}"}
+    with strict.follow("?poll=1", **headers) as follower:
+        assert [event for event, *_ in follower] == ["hello"]
+
+
 def test_a_session_is_not_ended_by_a_link(welcome):
     assert welcome.get("/logout").status_code == 405
     assert welcome.get("/dashboard").status_code == 200

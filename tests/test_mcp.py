@@ -226,6 +226,14 @@ def test_who_waits_comes_first_and_tasks_that_are_over_do_not_come(fresh):
     assert said(tool(server, "list_tasks", attention="idle,failed")).startswith("1 tasks, 1 waiting")
 
 
+def test_of_many_workstreams_the_newest_are_named(fresh):
+    server = fresh()
+    for number in range(25):
+        server.post("/api/workstreams", name=f"stream {number}")
+    told = said(tool(server, "list_tasks"))
+    assert "stream 24" in told and "stream 5" in told and "stream 4" not in told
+
+
 def test_what_is_cut_says_how_to_get_more(server, task):
     seqs = [server.say(task, f"news {number}")["seq"] for number in range(12)]
     long = server.say(task, "long " * 2000)["seq"]

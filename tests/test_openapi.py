@@ -98,7 +98,6 @@ def test_a_field_of_body_or_query_is_read_only_where_the_tables_check_it():
     web = SOURCE[SOURCE.index("# web: ") :]
     assert re.findall(r".*request\.args.*", web) == [
         "    args = flask.request.args",
-        '    return request.args.get("task_id") or request.headers.get("X-Monitor-Task", "").strip() or None',
         '    ("GET", "/login", lambda: page("login.html", next=local_path(flask.request.args.get("next")))),',
     ]
     assert len(re.findall(r"json_body\(", web)) == 2, "its definition, and respond()"
