@@ -5953,16 +5953,17 @@ def status(short: bool) -> None:
     try:
         seconds = 2 if short else PATIENCE
         asking = items_of("/api/tasks", {"attention": ",".join(NEEDS)}, seconds)
-        active = [task for task in items_of("/api/tasks", {"status": "active"}, seconds) if not needs(task)]
+        lists = [items_of("/api/tasks", {"status": state}, seconds) for state in ("active", "blocked")]
     except Problem as problem:
         if short:
             sys.exit(EXIT_CODES.get(problem.code, 1))
         raise
     asking.sort(key=lambda task: (NEEDS.index(needs(task)), task["attention"]["since"]))
+    others = [task for tasks in lists for task in tasks if not needs(task)]
     if not short:
-        return show({"items": asking + active, "total": len(asking + active)})
+        return show({"items": asking + others, "total": len(asking + others)})
     counts = Counter(needs(task).replace("blocked", "waiting") for task in asking)
-    counts["active"] = len(active)
+    counts.update(task["status"] for task in others)
     said = [f"{count} {word}" for word, count in counts.items() if count]
     return print_lines([" · ".join(said)] if said else [])
 

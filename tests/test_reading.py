@@ -67,12 +67,13 @@ def test_without_a_message_a_person_is_asked_for_one(server, task):
 
 @pytest.fixture(scope="module")
 def busy(tmp_path_factory):
-    """A server where one task waits, one is active, one done and one hidden."""
+    """A server where one task waits, one is active, one blocked, one done and one hidden."""
     with rig.serving(rig.Server, tmp_path_factory.mktemp("busy") / "monitor.db") as running:
         assert run("status", "--short", MONITOR_SERVER=running.url) == rig.Ran(0, "", "")
-        names = ("active", "waits", "done", "hidden")
+        names = ("active", "stalled", "waits", "done", "hidden")
         running.tasks = {name: running.new_task(name) for name in names}
         blocked(running, running.tasks["waits"])
+        change(running, running.tasks["stalled"], status="blocked")
         change(running, running.tasks["done"], status="done")
         change(running, running.tasks["hidden"], hidden=True)
         yield running
@@ -80,15 +81,15 @@ def busy(tmp_path_factory):
 
 def test_who_needs_somebody_comes_first(busy):
     ran = run("status", MONITOR_SERVER=busy.url)
-    assert [task["name"] for task in ran.json["items"]] == ["waits", "active"]
-    _, first, second = rig.in_terminal("status", MONITOR_SERVER=busy.url).out.splitlines()
-    assert "blocked" in first and "may I?" in first and "active" in second
+    assert [task["name"] for task in ran.json["items"]] == ["waits", "active", "stalled"]
+    _, first, second, third = rig.in_terminal("status", MONITOR_SERVER=busy.url).out.splitlines()
+    assert "blocked" in first and "may I?" in first and "active" in second and "stalled" in third
 
 
 @pytest.mark.parametrize("style", ["--json", "--table", "--plain"])
 def test_the_short_line_counts(busy, style):
     assert run("status", "--short", style, MONITOR_SERVER=busy.url) == rig.Ran(
-        0, "1 waiting · 1 active\n", ""
+        0, "1 waiting · 1 active · 1 blocked\n", ""
     )
 
 
