@@ -847,10 +847,11 @@ def agent_draft(agent, payload, event=None):
 
 
 def session_facts(agent, payload, event=None):
-    """What routing and de-duplication ask of a payload, as far as it is there and is text."""
+    """What routing and de-duplication ask of a payload, as far as it is text that can be kept; cut, for
+    all folders above a cwd are looked at."""
     p = canonical(agent, payload, event)
-    names = "session_id event cwd model agent_id tool_use_id tool_name prompt prompt_id source reason"
-    return {name: p[name] for name in names.split() if dig(p, name)}
+    names = "session_id event cwd model agent_id tool_use_id tool_name prompt source"
+    return {name: UNSTORABLE.sub("\ufffd", p[name][:4000]) for name in names.split() if dig(p, name)}
 
 
 # ======================================================================================================
@@ -1213,7 +1214,7 @@ def read_small(path: str) -> str:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as file:
             if stat.S_ISREG(os.fstat(descriptor).st_mode):
-                return file.read(16384).decode("utf-8", "replace")
+                return file.read(16384).decode("utf-8", "replace").replace("\0", "\ufffd")
     return ""
 
 

@@ -255,6 +255,20 @@ def test_whatever_was_stored_comes_back_exactly(tmp_path_factory, steps):
     shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize("odd", ["\0", "\ud800", "/a" * 200_000])
+@pytest.mark.parametrize("name", ["cwd", "model", "agent_id", "tool_use_id", "tool_name", "session_id"])
+def test_whatever_a_hook_says_of_its_run_can_be_stored_and_comes_back(tmp_path, name, odd):
+    with opened(tmp_path / "there.db") as there, opened(tmp_path / "here.db") as here:
+        facts = {"session_id": "a-run", "cwd": "/w/project", "agent_id": "", "tool_name": "Bash"}
+        for event in ("UserPromptSubmit", "PermissionRequest"):
+            payload = facts | {"hook_event_name": event, "prompt": "go on", "tool_input": {}}
+            there.take_hook(monitor.Hook("claude", payload | {name: facts.get(name, "x") + odd}))
+        runs = there.store.read(lambda q: q.sessions({}))
+        assert runs and all(len(text) <= 4000 for run in runs for text in map(str, run.values()))
+        assert here.take_export(exported(there), 2)["exact"] is True
+        assert body(exported(here)) == body(exported(there))
+
+
 def test_a_part_is_as_a_pruned_whole(rich, tmp_path):
     with opened(rich) as there:
         rows = [json.loads(line) for line in exported(there).splitlines()]
