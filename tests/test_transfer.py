@@ -385,6 +385,23 @@ def test_a_later_export_merges_in_and_the_newer_state_stays(tmp_path, other):
     assert [line["event"] for line in events if "id" in line] == ["task_updated", "update_redacted", "update"]
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_merge_keeps_since_when_a_task_has_its_status(tmp_path, known):
+    with opened(tmp_path / "there.db") as there, opened(tmp_path / "here.db") as here:
+        here.create(monitor.WORKSTREAM, {"name": "not empty"})
+        stream = json.loads(there.create(monitor.WORKSTREAM, {"name": "w"}))["id"]
+        task = json.loads(there.create(monitor.TASK, {"workstream_id": stream, "name": "t"}))["id"]
+        if known:
+            here.take_export(exported(there), 2)
+        done = json.loads(there.change(monitor.TASK, task, {"status": "done"}))["updated_at"]
+        there.change(monitor.TASK, task, {"name": "renamed since"})
+        here.take_export(exported(there), 2)
+        times = [made.store.read(lambda q: q.status_times()) for made in (there, here)]
+        assert times == [{task: done}, {task: done}]
+        again = json.loads(here.change(monitor.TASK, task, {"status": "active"}))["updated_at"]
+        assert here.store.read(lambda q: q.status_times()) == {task: again}
+
+
 def test_a_copy_that_went_its_own_way_takes_what_is_new_under_new_numbers(rich, tmp_path):
     there_path, here_path = shutil.copy(rich, tmp_path / "there.db"), shutil.copy(rich, tmp_path / "here.db")
     with opened(there_path) as there, opened(here_path) as here:
