@@ -1881,7 +1881,7 @@ class Transaction(Queries):
     def columns_of(self, table: str, row: dict[str, Any], seq: int | None = None) -> dict[str, Any]:
         """A row of an export as the columns of its table; `seq`: the update that it points to."""
         names = {column["name"] for column in self.rows(f"PRAGMA table_info({table})")}
-        must(row.keys() <= names | {"update_id"}, f"have the columns of {table}")
+        must(row.keys() <= names | {"update_id"}, f"it must have the columns of {table}")
         values = {name: value for name, value in row.items() if name in names}
         values |= {name: self.one(kind, row[name])["number"] for name, kind in KINDS.items() if name in row}
         values |= {"metadata": dump(row["metadata"])} if "metadata" in row else {}
@@ -2550,7 +2550,8 @@ def read_line(raw: bytes, where: int) -> Line:
         kept = clean(data, LINES.get(event, LINES["*"]))
         if event not in LINES:
             kept = {name: each for name, each in data.items() if isinstance(each, str | int)} | kept
-        given = [name for name in data if data[name] is not None or event not in STATE]
+        firm = (*KINDS, "digest", *(data if event not in STATE else ()))  # never null
+        given = [name for name in data if data[name] is not None or name in firm]
         odd = [name for name in given if name not in kept or data[name] != kept[name]]
         if odd and event != "export":  # that of a later version may say more
             raise invalid(f"{odd[0][:60]!r} is not as an export of {event} has it")
@@ -2582,7 +2583,7 @@ def restore(t: Transaction, line: Line, head: int, task: Callable[[str], sqlite3
     if line.id <= (t.frames[-1].seq if t.frames else t.head()["seq"]):
         return False
     if line.event == "update":
-        must(line.data["seq"] == line.id, "have the seq of its id")
+        must(line.data["seq"] == line.id, "it must have the seq of its id")
         t.put_update(task(line.data["task_id"])["number"], line.workstream, line.data, line.id)
     else:
         t.append(line.event, line.task, line.workstream, line.data, line.id)

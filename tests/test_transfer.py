@@ -558,6 +558,8 @@ WRONG = {
     "an unknown column": b'{"event":"folders","data":{"path":"x","workstream) VALUES (1); --":1}}\n',
     "a column that is none": b'{"event":"folders","data":{"path":{"a":1}}}\n',
     "a digest that is none": b'{"event":"idempotency_keys","data":{"key":"x","digest":"zz"}}\n',
+    "a link to no task": b'{"event":"links","data":{"kind":"branch","value":"x","task":null}}\n',
+    "no digest": b'{"event":"idempotency_keys","data":{"key":"x","digest":null,"created_at":null}}\n',
     "a second header": lambda line: b'{"event":"export","data":{}}\n',
 }
 
