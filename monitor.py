@@ -2291,8 +2291,9 @@ class Broadcaster:
 
     def publish(self, frames: list[Frame]) -> None:
         """Take in committed frames, in order, and wake the readers."""
-        leap = frames[-1].seq - self.head != len(frames)  # an import has left numbers out
-        if leap or any(frame.event in ("update_redacted", "updates_moved") for frame in frames):
+        leap = frames[-1].seq - frames[0].seq >= len(frames)  # an import has left numbers out
+        changed = any(frame.event in ("update_redacted", "updates_moved") for frame in frames)
+        if leap or changed or frames[0].seq != self.head + 1:
             self.forget()  # the ring holds what was wiped, or stood elsewhere
         with self._lock:
             self._frames += [] if leap else frames
