@@ -437,17 +437,9 @@ def read_any(value: Any, schema: dict[str, Any]) -> Any:
 
 
 READERS = {
-    "any": read_any,
-    "choice": read_choice,
-    "count": read_count,
-    "flag": read_flag,
-    "number": read_number,
-    "reference": read_reference,
-    "tags": read_tags,
-    "text": read_text,
-    "time": read_time,
-    "words": read_words,
-}
+    "any": read_any, "choice": read_choice, "count": read_count, "flag": read_flag, "number": read_number,
+    "reference": read_reference, "tags": read_tags, "text": read_text, "time": read_time, "words": read_words,
+}  # fmt: skip
 
 
 class Field(NamedTuple):
@@ -847,10 +839,11 @@ def agent_draft(agent, payload, event=None):
 
 
 def session_facts(agent, payload, event=None):
-    """What routing and de-duplication ask of a payload, as far as it is there and is text."""
+    """What routing and de-duplication ask of a payload, as far as it is text that can be kept; cut, for
+    all folders above a cwd are looked at."""
     p = canonical(agent, payload, event)
-    names = "session_id event cwd model agent_id tool_use_id tool_name prompt prompt_id source reason"
-    return {name: p[name] for name in names.split() if dig(p, name)}
+    names = "session_id event cwd model agent_id tool_use_id tool_name prompt source"
+    return {name: UNSTORABLE.sub("\ufffd", p[name][:4000]) for name in names.split() if dig(p, name)}
 
 
 # ======================================================================================================
@@ -1035,13 +1028,8 @@ def github_subject(payload, draft):
     learnt = [link for link in links if link[0] in learnt and not (link[0] == "branch" and shared)]
     branch = branch if home == repository or not branch else f"{home.partition('/')[0]}:{branch}"
     state = "merged" if data.get("merged") is True else data.get("state", "")
-    pull = {
-        "number": data.get("number"),
-        "state": state,
-        "url": data.get("url", ""),
-        "at": data.get("updated_at"),
-    }
-    pull = pull if data.get("event") == "pull_request" else None
+    pull = {"number": data.get("number"), "at": data.get("updated_at"), "url": data.get("url", "")}
+    pull = pull | {"state": state} if data.get("event") == "pull_request" else None
     return Subject(repository, branch, keys, links, learnt, fixes, github_check(payload, data), pull)
 
 
@@ -1128,8 +1116,7 @@ def parse_hook(raw: bytes) -> Any:
 
 
 def parse_spooled(raw: bytes) -> Hook:
-    """A hook, or an update, that the client kept while no server answered: header lines, an empty line, the
-    payload."""
+    """A hook or update that waited for a server: header lines, an empty one, the payload."""
     head, _, body = raw.partition(b"\n\n")
     lines = (line.partition(": ") for line in head.decode("utf-8", "replace").splitlines())
     found = {name: text.strip() or None for name, _, text in lines}
@@ -1213,7 +1200,7 @@ def read_small(path: str) -> str:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as file:
             if stat.S_ISREG(os.fstat(descriptor).st_mode):
-                return file.read(16384).decode("utf-8", "replace")
+                return file.read(16384).decode("utf-8", "replace").replace("\0", "\ufffd")
     return ""
 
 
@@ -1406,8 +1393,7 @@ class Queries:
     def workstreams(self, wanted: dict[str, Any]) -> list[dict[str, Any]]:
         """Workstream objects for cleaned WORKSTREAM_QUERY fields, oldest first."""
         sql = "SELECT * FROM workstreams WHERE status = 'active' OR :archived ORDER BY number"
-        rows = self.rows(sql, archived=wanted.get("include_archived", False))
-        return [WORKSTREAM.make(row) for row in rows]
+        return [*map(WORKSTREAM.make, self.rows(sql, archived=wanted.get("include_archived", False)))]
 
     def tasks(self, wanted: dict[str, Any]) -> list[dict[str, Any]]:
         """Task objects that match cleaned TASK_QUERY fields, oldest first. Tasks of archived workstreams
@@ -1426,7 +1412,7 @@ class Queries:
         values["workstream"] = self.filter(wanted).workstream
         values["attention"] = " ".join(wanted["attention"]) if "attention" in wanted else None
         values["words"] = search_words(wanted["q"]) if wanted.get("q") else None
-        return [TASK.make(row) for row in self.rows(sql, **values)]
+        return [*map(TASK.make, self.rows(sql, **values))]
 
     def update(self, seq: int) -> str:
         """The JSON of one update; Problem (not_found)."""
@@ -1449,12 +1435,11 @@ class Queries:
         bodies = take(self.db.execute(sql, values), PAGE_BYTES)
         if not wanted.get("total", True):
             return bodies, None
-        seq, rows = arms[0]
-        count = f"SELECT COUNT(*) {rows}"
+        (seq, rows), counted = arms[0], "*"
         if len(arms) > 1:  # any of several tags: counting a list takes half the time of counting a UNION
             names = ", ".join(f":tag{index}" for index in range(len(arms)))
-            count = f"SELECT COUNT(DISTINCT {seq}) {rows.replace('= :tag0', f'IN ({names})')}"
-        return bodies, self.first(count, **values)[0]
+            counted, rows = f"DISTINCT {seq}", rows.replace("= :tag0", f"IN ({names})")
+        return bodies, self.first(f"SELECT COUNT({counted}) {rows}", **values)[0]
 
     def expired(self, before: str, data_only: bool) -> int:
         """How many updates pruning would touch."""
@@ -1509,8 +1494,7 @@ class Queries:
         return self.first(sql, key=key.lower(), number=number)
 
     def linked(self, kind: str, value: str, repository: str) -> list[sqlite3.Row]:
-        """The tasks that a name is bound to, in a repository or in any; of kind `run`, that of the newest run
-        of an agent on a branch."""
+        """The tasks that a name is bound to, there or anywhere; as `run`, that of a branch's newest run."""
         sql = """
             SELECT task, learnt, close_on_merge FROM links
             WHERE kind = :kind AND value = :value AND repository IN ('', :repository)
@@ -1531,8 +1515,7 @@ class Queries:
 
     def session_ended(self, signature: str) -> bool:
         """Whether a browser session was ended by its user."""
-        sql = "SELECT 1 FROM ended_sessions WHERE signature = :signature"
-        return self.first(sql, signature=signature) is not None
+        return bool(self.rows("SELECT 1 FROM ended_sessions WHERE signature = :it", it=signature))
 
     def check(self) -> list[str]:
         """What is wrong with the database, a sentence each; none when all is well. Reads all of it."""
@@ -1585,8 +1568,7 @@ class Queries:
 
     def update_seq(self, identity: str) -> int | None:
         """The number of the update with an id; None: it is not here."""
-        found = self.first("SELECT seq FROM updates WHERE id = :id", id=uuid.UUID(identity).bytes)
-        return found and found["seq"]
+        return self.first("SELECT MAX(seq) FROM updates WHERE id = :id", id=uuid.UUID(identity).bytes)[0]
 
     def last_row(self) -> tuple[int, str, str]:
         """Number, event and JSON of the last row of the log; those after it may have been removed."""
@@ -1705,6 +1687,9 @@ BEGIN = """
 # ======================================================================================================
 
 
+UPDATE_COLUMNS = "id task_id source timestamp message kind level tags data redacted_at"
+
+
 class Transaction(Queries):
     """Writing: what an operation may do inside the writer's transaction. Collects the frames it logs."""
 
@@ -1712,15 +1697,25 @@ class Transaction(Queries):
         super().__init__(db)
         self.frames: list[Frame] = []
 
+    def put(self, table: str, values: dict[str, Any], rest: str = "") -> sqlite3.Cursor:
+        """Add a row; the names of table and columns, and the rest of the statement, are ours."""
+        slots = ", ".join(f":{name}" for name in values)
+        return self.db.execute(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({slots}) {rest}", values)
+
+    def save(self, table: str, values: dict[str, Any], when: str = "TRUE") -> bool:
+        """Add a row, or change the one with its key `when` that holds (a condition of ours; "": never); what
+        is not among `values` stays. Returns whether it did."""
+        sets = ", ".join(f"{name} = excluded.{name}" for name in values)
+        change = f"UPDATE SET {sets} WHERE {when}" if when else "NOTHING"
+        return self.put(table, values, f"ON CONFLICT DO {change}").rowcount > 0
+
     def append(self, event: str, task: int | None, workstream: int, value: dict, at=None, **facets) -> str:
         """Write the next log row, an update's with its number (`at`: what the row has elsewhere, beyond all
         of ours); returns the JSON."""
         seq = self.first("UPDATE head SET seq = coalesce(:at, seq + 1) RETURNING seq", at=at)["seq"]
         body = dump({"seq": seq} | value if event == "update" else value)
-        self.db.execute(
-            "INSERT INTO log (seq, event, task, workstream, body) VALUES (?, ?, ?, ?, ?)",
-            (seq, event, task, workstream, body),
-        )
+        sql = "INSERT INTO log (seq, event, task, workstream, body) VALUES (?, ?, ?, ?, ?)"
+        self.db.execute(sql, (seq, event, task, workstream, body))
         self.frames.append(Frame(seq, event, task, workstream, body, **facets))
         return body
 
@@ -1736,17 +1731,16 @@ class Transaction(Queries):
         if any(after[name] != before[name] for name in ("ci", "pull_requests", "attention")):
             self.append_row(TASK, "updated", before["number"])
 
-    def add(self, kind: Kind, values: dict[str, Any]) -> int:
-        """Add a workstream or task (column names are ours) with a new id; returns its number."""
-        values = {"id": str(uuid.uuid4())} | values
-        names, slots = ", ".join(values), ", ".join(f":{name}" for name in values)
-        sql = f"INSERT INTO {kind.table} ({names}) VALUES ({slots}) RETURNING number"
-        number = self.first(sql, **values)["number"]
+    def add(self, kind: Kind, values: dict[str, Any], moment: str | None = None) -> int:
+        """Add a workstream or task with a new id, unless it has one; returns its number."""
+        values = {"id": str(uuid.uuid4()), "created_at": moment, "updated_at": moment} | values
+        number = self.put(kind.table, values, "RETURNING number").fetchone()["number"]
         self.append_row(kind, "created", number)
         return number
 
-    def change(self, kind: Kind, number: int, values: dict[str, Any]) -> str:
+    def change(self, kind: Kind, number: int, values: dict[str, Any], moment: str | None = None) -> str:
         """Set columns (their names are ours) of a workstream or task; returns its JSON."""
+        values = {"updated_at": moment} | values
         sets = ", ".join(f"{name} = :{name}" for name in values)
         self.db.execute(f"UPDATE {kind.table} SET {sets} WHERE number = :number", values | {"number": number})
         return self.append_row(kind, "updated", number)
@@ -1754,60 +1748,42 @@ class Transaction(Queries):
     def insert_update(self, task: sqlite3.Row, fields: dict[str, Any], moment: str) -> str:
         """Add an update: source, message, and kind, level, tags, data where given (an imported one has its id
         already); returns its JSON."""
-        value = {"id": fields.get("id") or str(uuid7()), "task_id": task["id"], "source": fields["source"]}
-        value |= {"timestamp": moment, "message": fields["message"]}
-        value |= {name: fields.get(name) for name in ("kind", "level")}
-        value |= {"tags": list(dict.fromkeys(fields.get("tags", ()))), "data": fields.get("data")}
-        value |= {"redacted_at": fields.get("redacted_at")}
-        value = {name: part for name, part in value.items() if part is not None}
+        value = {"id": str(uuid7())} | fields | {"task_id": task["id"], "timestamp": moment}
+        value["tags"] = list(dict.fromkeys(fields.get("tags", ())))
+        value = {name: value[name] for name in UPDATE_COLUMNS.split() if value.get(name) is not None}
         return self.put_update(task["number"], task["workstream"], value)
 
     def put_update(self, task: int, workstream: int, value: dict[str, Any], at: int | None = None) -> str:
         """Log an update as it stands, and list it; returns its JSON."""
         facets = {name: value.get(name) for name in ("source", "kind", "level")}
         body = self.append("update", task, workstream, value, at, tags=value["tags"], **facets)
-        seq, identity = self.frames[-1].seq, uuid.UUID(value["id"]).bytes
-        self.db.execute(
-            """
-            INSERT INTO updates (seq, id, task, source, kind, level, timestamp, has_data)
-            VALUES (?, ?, ?, ?, ?, ?, ?, ?)
-            """,
-            (seq, identity, task, *facets.values(), value["timestamp"], "data" in value),
-        )
+        seq = self.frames[-1].seq
+        row = {"seq": seq, "id": uuid.UUID(value["id"]).bytes, "task": task, "has_data": "data" in value}
+        self.put("updates", row | facets | {"timestamp": value["timestamp"]})
         tags = [(tag, seq) for tag in value["tags"]]
         self.db.executemany("INSERT INTO update_tags (tag, seq) VALUES (?, ?)", tags)
         self.db.execute("INSERT INTO update_search (rowid, message) VALUES (?, ?)", (seq, value["message"]))
         return body
 
-    def seen_key(self, key: str, digest: bytes, now: str) -> sqlite3.Row | None:
-        """What a key was used for before, None for a new one. Problem (conflict) for another body."""
+    def seen_key(self, key: str | None, digest: bytes, now: str) -> sqlite3.Row | None:
+        """What a key was used for before; None for a new one, or none. Problem (conflict): another body."""
+        if not key:
+            return None
         self.db.execute("DELETE FROM idempotency_keys WHERE created_at < ?", (shifted(now, -KEY_SECONDS),))
         found = self.first("SELECT digest, seq, created_at FROM idempotency_keys WHERE key = :key", key=key)
         if found is not None and found["digest"] != digest:
             raise Problem("conflict", "this Idempotency-Key was already used with another body")
         return found
 
-    def keep_key(self, key: str, digest: bytes, now: str, seq: int | None) -> None:
-        """Remember which update a key made."""
-        sql = "REPLACE INTO idempotency_keys (key, digest, seq, created_at) VALUES (?, ?, ?, ?)"
-        self.db.execute(sql, (key, digest, seq, now))
-
-    def save(self, table: str, values: dict[str, Any], when: str = "TRUE") -> bool:
-        """Add a row, or change the one with its key `when` that holds (names and condition are ours): what is
-        not among `values` stays. Returns whether it did."""
-        names, slots = ", ".join(values), ", ".join(f":{name}" for name in values)
-        sets = ", ".join(f"{name} = excluded.{name}" for name in values)
-        sql = f"INSERT INTO {table} ({names}) VALUES ({slots})"
-        sql += f" ON CONFLICT DO UPDATE SET {sets} WHERE {when}" if when else " ON CONFLICT DO NOTHING"
-        return self.db.execute(sql, values).rowcount > 0
+    def keep_key(self, key: str | None, digest: bytes, now: str, seq: int | None) -> None:
+        """Remember which update a key made, if there is one."""
+        if key:
+            self.save("idempotency_keys", {"key": key, "digest": digest, "seq": seq, "created_at": now})
 
     def end_subagents(self, agent: str, identity: str, subagent: str | None) -> None:
         """A subagent, or with None each of a run, asks for nothing any more."""
-        sql = """
-            DELETE FROM sessions
-            WHERE agent = ? AND id = ? AND subagent <> '' AND subagent = ifnull(?, subagent)
-        """
-        self.db.execute(sql, (agent, identity, subagent))
+        which = "agent = ? AND id = ? AND subagent <> '' AND subagent = ifnull(?, subagent)"
+        self.db.execute(f"DELETE FROM sessions WHERE {which}", (agent, identity, subagent))
 
     def silence(self, before: str) -> None:
         """Mark the runs that worked and have said nothing since some moment as stuck; their tasks say so."""
@@ -1839,45 +1815,36 @@ class Transaction(Queries):
                   AND number NOT IN (SELECT workstream FROM folders) ORDER BY number)
         """
         found = self.first(sql, folder=folder, name=name, repository=repository)
-        values = {"name": name, "created_at": moment}
-        number = found[0] if found else self.add(WORKSTREAM, values | {"updated_at": moment})
-        self.db.execute("INSERT OR IGNORE INTO folders (path, workstream) VALUES (?, ?)", (folder, number))
+        number = found[0] if found else self.add(WORKSTREAM, {"name": name}, moment)
+        self.save("folders", {"path": folder, "workstream": number}, "")
         return number
+
+    def add_task(self, name: str, moment: str, folder: str, repository: str) -> sqlite3.Row:
+        """Add a task in the workstream of a repository's folder; returns it."""
+        values = {"name": name, "workstream": self.folder_workstream(folder, moment, repository)}
+        return self.one(TASK, str(self.add(TASK, values, moment)))
 
     def move_session(self, run: sqlite3.Row, task: sqlite3.Row, updates: bool) -> None:
         """Give a run to another task, with its updates where asked for; the log then says which."""
         place = {"agent": run["agent"], "id": run["id"], "old": run["task"], "new": task["number"]}
         self.rows("UPDATE sessions SET task = :new WHERE agent = :agent AND id = :id", **place)
         if updates:
-            sql = """
-                UPDATE updates SET task = :new
-                WHERE source = :agent || ':' || :id AND task = :old RETURNING seq
-            """
-            seqs = sorted(row["seq"] for row in self.rows(sql, **place))
+            which = "source = :agent || ':' || :id AND task = :old"
+            rows = self.rows(f"UPDATE updates SET task = :new WHERE {which} RETURNING seq", **place)
             old = self.one(TASK, str(run["task"]))
             moved = {"from": old["id"], "to": task["id"], "source": f"{run['agent']}:{run['id']}"}
+            moved["seqs"] = sorted(row["seq"] for row in rows)
             for row in (old, task):  # for who follows only one of them
-                self.append("updates_moved", row["number"], row["workstream"], moved | {"seqs": seqs})
+                self.append("updates_moved", row["number"], row["workstream"], moved)
         for number in (run["task"], task["number"]):
             self.append_row(TASK, "updated", number)
 
     def link(self, task: int, link: dict[str, Any]) -> None:
         """Bind what a link names to a task; what was bound to another one changes hands, unless a person
         bound it and the link is only learnt."""
-        sql = """
-            INSERT INTO links (kind, value, repository, task, learnt, close_on_merge)
-            VALUES (:link, :value, :repository, :task, :learnt, :close_on_merge)
-            ON CONFLICT DO UPDATE
-                SET task = excluded.task, learnt = excluded.learnt, close_on_merge = excluded.close_on_merge
-                WHERE learnt OR NOT excluded.learnt
-        """
-        usual = {"repository": "", "learnt": False, "close_on_merge": False}
-        self.db.execute(sql, usual | link | {"task": task})
-
-    def put(self, table: str, values: dict[str, Any]) -> None:
-        """Add a row; the names of table and columns are ours."""
-        slots = ", ".join(f":{name}" for name in values)
-        self.db.execute(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({slots})", values)
+        values = {"kind": link["link"], "value": link["value"], "repository": link.get("repository", "")}
+        values |= {name: link.get(name, False) for name in ("learnt", "close_on_merge")}
+        self.save("links", values | {"task": task}, "learnt OR NOT excluded.learnt")
 
     def unlink(self, link: dict[str, str]) -> int:
         """Remove a link; returns how many that were."""
@@ -1887,12 +1854,11 @@ class Transaction(Queries):
     def end_session(self, signature: str, until: str) -> None:
         """Remember until its expiry that a browser session was ended."""
         self.db.execute("DELETE FROM ended_sessions WHERE until < ?", (timestamp(),))
-        sql = "INSERT OR IGNORE INTO ended_sessions (signature, until) VALUES (?, ?)"
-        self.db.execute(sql, (signature, until))
+        self.save("ended_sessions", {"signature": signature, "until": until}, "")
 
     def redact_update(self, seq: int, now: str) -> str:
-        """Wipe message and data of an update, leave its seq and a mark, and log that; returns its JSON.
-        Merges the search index: a deleted entry stays in it until then (seconds at a million updates)."""
+        """Wipe message and data of an update, and log that; returns its JSON. Merges the search index: a
+        deleted entry stays in it until then (seconds at a million updates)."""
         sql = """
             UPDATE log SET body = json_set(json_remove(body, '$.data'),
                                            '$.message', '[redacted]', '$.redacted_at', :now)
@@ -1916,7 +1882,7 @@ class Transaction(Queries):
     def columns_of(self, table: str, row: dict[str, Any], seq: int | None = None) -> dict[str, Any]:
         """A row of an export as the columns of its table; `seq`: the update that it points to."""
         names = {column["name"] for column in self.rows(f"PRAGMA table_info({table})")}
-        must(row.keys() <= names | {"update_id"}, f"have the columns of {table}")
+        must(row.keys() <= names | {"update_id"}, f"it must have the columns of {table}")
         values = {name: value for name, value in row.items() if name in names}
         values |= {name: self.one(kind, row[name])["number"] for name, kind in KINDS.items() if name in row}
         values |= {"metadata": dump(row["metadata"])} if "metadata" in row else {}
@@ -1948,8 +1914,7 @@ class Transaction(Queries):
             REPLACE INTO log (seq, event, task, workstream, body)
             SELECT seq, event, task, workstream, json_remove(body, '$.data') FROM log WHERE seq = ?
         """
-        sql = without_data if data_only else "DELETE FROM log WHERE seq = ?"
-        self.db.executemany(sql, map(tuple, rows))
+        self.db.executemany(without_data if data_only else "DELETE FROM log WHERE seq = ?", map(tuple, rows))
         return len(rows)
 
 
@@ -2215,10 +2180,15 @@ def connect(path: str, mode: str) -> sqlite3.Connection:
     return db
 
 
+def look_into(path: str) -> contextlib.closing:
+    """A connection that only reads. Without a write-ahead log to read, immutable keeps SQLite from making one
+    beside a file that may not be ours."""
+    return contextlib.closing(connect(path, "ro" if os.path.exists(path + "-wal") else "ro&immutable=1"))
+
+
 def quick_check(path: str, seconds: float) -> str:
     """What a quick look at all pages of a file finds: `ok`, what is wrong, or "" when it takes longer."""
-    mode = "ro" if os.path.exists(path + "-wal") else "ro&immutable=1"
-    with contextlib.closing(connect(path, mode)) as db:
+    with look_into(path) as db:
         timer = threading.Timer(seconds, db.interrupt)
         timer.start()
         try:
@@ -2261,17 +2231,11 @@ def stored_version(path: str) -> int:
     """The schema version of a file, 0 when it is missing or empty. Problem when it is not ours."""
     if not os.path.exists(path) or os.path.getsize(path) == 0:
         return 0
+    sql = "SELECT application_id, user_version, n FROM pragma_application_id, pragma_user_version, "
     try:
-        # Without a write-ahead log to read, immutable keeps SQLite from making one beside a file not ours.
-        with contextlib.closing(
-            connect(path, "ro" if os.path.exists(path + "-wal") else "ro&immutable=1")
-        ) as db:
-            application, version, things = db.execute(
-                """
-                SELECT application_id, user_version, (SELECT COUNT(*) FROM sqlite_schema)
-                FROM pragma_application_id, pragma_user_version
-                """
-            ).fetchone()
+        with look_into(path) as db:
+            counted = "(SELECT COUNT(*) AS n FROM sqlite_schema)"
+            application, version, things = db.execute(sql + counted).fetchone()
     except sqlite3.Error as error:
         raise misconfigured(f"cannot read {path}: {error}; it was left as it is") from None
     if application == things == 0:
@@ -2279,10 +2243,8 @@ def stored_version(path: str) -> int:
     if application != APPLICATION_ID:
         raise misconfigured(f"{path} is not a Monitor database; it was left as it is")
     if version > SCHEMA_VERSION:
-        versions = f"schema {version}, this one knows {SCHEMA_VERSION}"
-        raise misconfigured(
-            f"{path} was made by a newer Monitor ({versions}); it was left as it is: update Monitor"
-        )
+        newer = f"a newer Monitor (schema {version}, this one knows {SCHEMA_VERSION})"
+        raise misconfigured(f"{path} was made by {newer}; it was left as it is: update Monitor")
     return version
 
 
@@ -2330,8 +2292,9 @@ class Broadcaster:
 
     def publish(self, frames: list[Frame]) -> None:
         """Take in committed frames, in order, and wake the readers."""
-        leap = frames[-1].seq - self.head != len(frames)  # an import has left numbers out
-        if leap or any(frame.event in ("update_redacted", "updates_moved") for frame in frames):
+        leap = frames[-1].seq - frames[0].seq >= len(frames)  # an import has left numbers out
+        changed = any(frame.event in ("update_redacted", "updates_moved") for frame in frames)
+        if leap or changed or frames[0].seq != self.head + 1:
             self.forget()  # the ring holds what was wiped, or stood elsewhere
         with self._lock:
             self._frames += [] if leap else frames
@@ -2465,8 +2428,7 @@ Cursor = namedtuple("Cursor", "seq resumed reset", defaults=[None])
 
 
 def place_cursor(given: str | None, stream: str | None, head: sqlite3.Row) -> Cursor:
-    """Read the cursor of a client. Never an error: one that cannot be honoured resets to what is possible,
-    for EventSource gives up for good on any status but 200."""
+    """Read a client's cursor. Never an error: EventSource gives up for good on any status but 200."""
     known = given is not None and re.fullmatch(r"[0-9]{1,19}", given, re.ASCII)
     other = stream not in (None, head["stream"])
     if not known or other or int(given) > head["seq"]:
@@ -2590,7 +2552,8 @@ def read_line(raw: bytes, where: int) -> Line:
         kept = clean(data, LINES.get(event, LINES["*"]))
         if event not in LINES:
             kept = {name: each for name, each in data.items() if isinstance(each, str | int)} | kept
-        given = [name for name in data if data[name] is not None or event not in STATE]
+        firm = (*KINDS, "digest", *(data if event not in STATE else ()))  # never null
+        given = [name for name in data if data[name] is not None or name in firm]
         odd = [name for name in given if name not in kept or data[name] != kept[name]]
         if odd and event != "export":  # that of a later version may say more
             raise invalid(f"{odd[0][:60]!r} is not as an export of {event} has it")
@@ -2601,16 +2564,16 @@ def read_line(raw: bytes, where: int) -> Line:
 
 def read_header(raw: bytes) -> dict[str, Any]:
     """The first line of an export: of which log it is."""
-    line = None
-    with contextlib.suppress(Problem):
-        line = read_line(raw, 1)
-    if line is None or line.event != "export":
+    try:
+        header = read_line(raw, 1).data
+    except Problem:
         hint = "; it is compressed: gunzip it first" if raw.startswith(b"\x1f\x8b") else ""
-        raise invalid(f"this is no export of Monitor{hint}; its first line is not what monitor export writes")
-    if line.data["format"] != EXPORT_FORMAT:
-        made = f"Monitor {line.data['version']} in format {line.data['format']}"
+        sentence = f"this is no export of Monitor{hint}; its first line is not what monitor export writes"
+        raise invalid(sentence) from None
+    if header["format"] != EXPORT_FORMAT:
+        made = f"Monitor {header['version']} in format {header['format']}"
         raise invalid(f"this export was made by {made}, this one knows {EXPORT_FORMAT}: update Monitor")
-    return line.data
+    return header
 
 
 def restore(t: Transaction, line: Line, head: int, task: Callable[[str], sqlite3.Row]) -> bool:
@@ -2622,7 +2585,7 @@ def restore(t: Transaction, line: Line, head: int, task: Callable[[str], sqlite3
     if line.id <= (t.frames[-1].seq if t.frames else t.head()["seq"]):
         return False
     if line.event == "update":
-        must(line.data["seq"] == line.id, "have the seq of its id")
+        must(line.data["seq"] == line.id, "it must have the seq of its id")
         t.put_update(task(line.data["task_id"])["number"], line.workstream, line.data, line.id)
     else:
         t.append(line.event, line.task, line.workstream, line.data, line.id)
@@ -2728,13 +2691,12 @@ class Monitor:
 
     def create(self, kind: Kind, payload: Any, moment: str | None = None) -> str:
         """Make a workstream or task from its body. `moment` sets its time (a replay), here and below."""
-        now = moment or timestamp()
-        values = self.columns(clean(payload, kind.new)) | {"created_at": now, "updated_at": now}
+        values, now = self.columns(clean(payload, kind.new)), moment or timestamp()
 
         def operation(t: Transaction) -> str:
-            workstream = values.pop("workstream_id", None)
-            place = {} if workstream is None else {"workstream": t.one(WORKSTREAM, workstream)["number"]}
-            t.add(kind, values | place)
+            if kind is TASK:
+                values["workstream"] = t.one(WORKSTREAM, values.pop("workstream_id"))["number"]
+            t.add(kind, values, now)
             return t.frames[-1].body.decode()
 
         return self.store.write(operation)
@@ -2746,9 +2708,7 @@ class Monitor:
         def operation(t: Transaction) -> str:
             row = t.one(kind, reference)
             changes = task_changes(t, row, values, now) if kind is TASK else values
-            if not changes:
-                return dump(kind.make(row))
-            return t.change(kind, row["number"], changes | {"updated_at": now})
+            return t.change(kind, row["number"], changes, now) if changes else dump(kind.make(row))
 
         return self.store.write(operation)
 
@@ -2763,12 +2723,10 @@ class Monitor:
 
         def operation(t: Transaction) -> tuple[str, bool]:
             now = timestamp()
-            earlier = t.seen_key(key, digest, now) if key else None
-            if earlier is not None:
+            if earlier := t.seen_key(key, digest, now):
                 return t.update(earlier["seq"]), False
             body = t.insert_update(t.one(TASK, fields["task_id"]), fields, moment or now)
-            if key:
-                t.keep_key(key, digest, now, t.frames[-1].seq)
+            t.keep_key(key, digest, now, t.frames[-1].seq)
             return body, True
 
         return self.store.write(operation)
@@ -2918,17 +2876,13 @@ class Monitor:
         """Take in a part of an export, that begins with the header and goes on at line `first`: all or none.
         What looks like a secret is masked; what was when it was stored stays to the byte."""
 
-        def read() -> list[Line]:
-            lines = [
-                read_line(line, where) for where, line in enumerate(rest.split(b"\n"), first) if line.strip()
-            ]
-            return [
-                line._replace(data=self.masked(line.data)) if line.event in LINES else line for line in lines
-            ]
+        def read(where: int, raw: bytes) -> Line:
+            line = read_line(raw, where)
+            return line._replace(data=self.masked(line.data)) if line.event in LINES else line
 
-        head, _, rest = raw.partition(b"\n")
+        head, *rest = raw.split(b"\n")
         header = read_header(head)
-        lines = self._in_thread(read)
+        lines = self._in_thread(lambda: [read(*each) for each in enumerate(rest, first) if each[1].strip()])
         return self.store.write(lambda t: import_lines(t, header, lines))
 
     def health(self) -> dict[str, Any]:
@@ -2959,9 +2913,8 @@ def record_hook(t: Transaction, heard: Heard, now: str) -> None:
         seq = t.frames[-1].seq
     if run is not None:
         note_run(t, run, heard._replace(draft=draft), seq)
-        changes = task_after(run, task, draft, heard.facts["title"], now)
-        if changes:
-            t.change(TASK, task["number"], changes | {"updated_at": now})
+        if changes := task_after(run, task, draft, heard.facts["title"], now):
+            t.change(TASK, task["number"], changes, now)
         else:
             t.tell(task)
 
@@ -2970,22 +2923,19 @@ def record_spooled(t: Transaction, key: str | None, fields: dict, place: Place, 
     """Store an update from a spool unless it came before: for its task, else for the one that updates of this
     source went to so far; at first that is a new one."""
     own = f"source\n{fields['source']}"  # senders' keys hold no line break
-    if key and t.seen_key(key, b"", now):
+    if t.seen_key(key, b"", now):
         return
-    if "task_id" not in fields and (first := t.seen_key(own, b"", now)):
-        fields |= {"task_id": json.loads(t.update(first["seq"]))["task_id"]}
-    elif "task_id" not in fields:
-        values = {"name": fields["name"], "created_at": now, "updated_at": now}
-        values["workstream"] = t.folder_workstream(place.project, now, place.repository)
-        fields |= {"task_id": str(t.add(TASK, values))}
-    t.insert_update(t.one(TASK, fields["task_id"]), fields, now)
-    for each in filter(None, (key, own)):
+    task = fields.get("task_id")
+    if task is None and (first := t.seen_key(own, b"", now)):
+        task = json.loads(t.update(first["seq"]))["task_id"]
+    row = t.one(TASK, task) if task else t.add_task(fields["name"], now, place.project, place.repository)
+    t.insert_update(row, fields, now)
+    for each in (key, own):
         t.keep_key(each, b"", now, t.frames[-1].seq)
 
 
 def task_after(run: Any, task: Any, draft: Draft, title: str, now: str) -> dict[str, Any]:
-    """What an event changes in the task that was made for its run: the first prompt gives it its name; one
-    that was opened and closed again is put out of sight."""
+    """What an event changes in its run's own task: the first prompt names it; one never used is hidden."""
     if task["name"] != provisional_name(run["agent"], run["project"]):
         return {}
     if draft.kind == "user_prompt" and title:
@@ -2997,7 +2947,7 @@ def seen_before(t: Transaction, heard: Heard) -> bool:
     """Whether it came before: by its key, its tool call, or as the same words seconds ago. Remembers it."""
     hook, facts, moment = heard.hook, heard.facts, heard.moment
     call = facts.get("tool_use_id")
-    if hook.key and t.seen_key(hook.key, heard.digest, moment) is not None:
+    if t.seen_key(hook.key, heard.digest, moment):
         return True
     # Senders' keys are printable: this one cannot be theirs.
     word = call or heard.digest.hex()
@@ -3009,8 +2959,7 @@ def seen_before(t: Transaction, heard: Heard) -> bool:
         again = early < seen["created_at"] < late and (not run or run["seen_at"] <= seen["created_at"])
     if not again:
         t.keep_key(own, b"", moment, None)
-    if hook.key:
-        t.keep_key(hook.key, heard.digest, moment, None)
+    t.keep_key(hook.key, heard.digest, moment, None)
     return again
 
 
@@ -3047,13 +2996,10 @@ def task_of_run(t: Transaction, heard: Heard) -> int:
         if before is not None:
             t.save("sessions", dict(before) | {"state": "replaced"})
             return before["task"]
-    linked = t.linked_task(facts["cwd"], place)
-    if linked is not None:
-        return linked["number"]
     title = facts["title"] if heard.draft.kind == "user_prompt" else ""
-    values = {"name": title or provisional_name(agent, place.project), "created_at": moment}
-    workstream = t.folder_workstream(place.project, moment, place.repository)
-    return t.add(TASK, values | {"workstream": workstream, "updated_at": moment})
+    name = title or provisional_name(agent, place.project)
+    linked = t.linked_task(facts["cwd"], place)
+    return (linked or t.add_task(name, moment, place.project, place.repository))["number"]
 
 
 def provisional_name(agent: str, project: str) -> str:
@@ -3126,9 +3072,7 @@ def route(t: Transaction, subject: Subject, named: str | None) -> tuple[sqlite3.
 
 def inbox_of(t: Transaction, repository: str, now: str) -> sqlite3.Row:
     """A new task for the events of a repository that belong to no other."""
-    values = {"name": f"GitHub inbox: {repository or 'no repository'}", "created_at": now, "updated_at": now}
-    values |= {"workstream": t.folder_workstream(repository, now, repository)}
-    task = t.one(TASK, str(t.add(TASK, values)))
+    task = t.add_task(f"GitHub inbox: {repository or 'no repository'}", now, repository, repository)
     t.link(task["number"], {"link": "inbox", "value": repository.lower()})
     return task
 
@@ -3141,18 +3085,16 @@ def record_webhook(t, draft: Draft, subject: Subject, named: str | None, now: st
         task = task if task is not None else inbox_of(t, subject.repository, now)
         # Not by the delivery alone: several hooks for one event share it. Senders' keys hold no line break.
         delivery = draft.data.get("delivery")
-        key = f"github\n{delivery}\n{task['number']}"
-        seen = t.seen_key(key, b"", now) if delivery else None
-        if seen is not None:
+        key = f"github\n{delivery}\n{task['number']}" if delivery else None
+        if seen := t.seen_key(key, b"", now):
             return t.update(seen["seq"]), 200
         told = draft._replace(data=draft.data | {"routed_by": how})
         body = t.insert_update(task, draft_fields(task["id"], told), now)
         status = 202 if how == "inbox" else 200
         seq = t.frames[-1].seq
-        if delivery:
-            t.keep_key(key, b"", now, seq)
+        t.keep_key(key, b"", now, seq)
     if task is not None:
-        for kind, value, place in subject.learnt if how not in ("repo", "inbox") else ():
+        for kind, value, place in subject.learnt * (how not in ("repo", "inbox")):
             t.link(task["number"], {"link": kind, "value": value, "repository": place, "learnt": True})
         merged = draft.data.get("action") == "closed" and draft.data.get("merged") is True
         show_state(t, task, subject, closes and merged, seq, now)
@@ -3160,8 +3102,7 @@ def record_webhook(t, draft: Draft, subject: Subject, named: str | None, now: st
 
 
 def show_state(t: Transaction, task: sqlite3.Row, subject: Subject, closes: bool, seq: int | None, now: str):
-    """Bring checks and pull requests of a task up to date, and log the task where it then shows others; also
-    those that give up what has found its task."""
+    """Bring a task's checks and pull requests up to date; log every task that then shows others."""
     place = {"task": task["number"], "repository": subject.repository.lower(), "branch": subject.branch}
     others = t.showing(place, subject.pull and subject.pull["number"])
     before = [t.one(TASK, str(number)) for number in {task["number"], *others}]
@@ -3169,7 +3110,7 @@ def show_state(t: Transaction, task: sqlite3.Row, subject: Subject, closes: bool
         if facts:
             t.put(name, facts | place | {"seq": seq, "now": now})
     if closes and task["status"] in ("active", "blocked"):
-        t.change(TASK, task["number"], {"status": "done", "updated_at": now})
+        t.change(TASK, task["number"], {"status": "done"}, now)
         before = [row for row in before if row["number"] != task["number"]]
     for row in before:
         t.tell(row)

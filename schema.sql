@@ -331,7 +331,8 @@ CREATE VIEW faults (n, what) AS
 -- Version 2
 ALTER TABLE tasks ADD COLUMN status_since TEXT; -- NULL: since it was made
 UPDATE tasks SET status_since = updated_at WHERE status <> 'active';
-CREATE TRIGGER task_status_changed AFTER UPDATE OF status ON tasks WHEN old.status <> new.status BEGIN
+CREATE TRIGGER task_status_changed AFTER UPDATE OF status ON tasks
+WHEN old.status <> new.status AND old.status_since IS new.status_since BEGIN -- else an import says since when
     UPDATE tasks SET status_since = new.updated_at WHERE number = new.number;
 END;
 

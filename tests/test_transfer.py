@@ -255,6 +255,20 @@ def test_whatever_was_stored_comes_back_exactly(tmp_path_factory, steps):
     shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize("odd", ["\0", "\ud800", "/a" * 200_000])
+@pytest.mark.parametrize("name", ["cwd", "model", "agent_id", "tool_use_id", "tool_name", "session_id"])
+def test_whatever_a_hook_says_of_its_run_can_be_stored_and_comes_back(tmp_path, name, odd):
+    with opened(tmp_path / "there.db") as there, opened(tmp_path / "here.db") as here:
+        facts = {"session_id": "a-run", "cwd": "/w/project", "agent_id": "", "tool_name": "Bash"}
+        for event in ("UserPromptSubmit", "PermissionRequest"):
+            payload = facts | {"hook_event_name": event, "prompt": "go on", "tool_input": {}}
+            there.take_hook(monitor.Hook("claude", payload | {name: facts.get(name, "x") + odd}))
+        runs = there.store.read(lambda q: q.sessions({}))
+        assert runs and all(len(text) <= 4000 for run in runs for text in map(str, run.values()))
+        assert here.take_export(exported(there), 2)["exact"] is True
+        assert body(exported(here)) == body(exported(there))
+
+
 def test_a_part_is_as_a_pruned_whole(rich, tmp_path):
     with opened(rich) as there:
         rows = [json.loads(line) for line in exported(there).splitlines()]
@@ -369,6 +383,23 @@ def test_a_later_export_merges_in_and_the_newer_state_stays(tmp_path, other):
     assert b"a secret" not in exported(other)
     events = [json.loads(line) for line in exported(other, after_seq=before).splitlines()]
     assert [line["event"] for line in events if "id" in line] == ["task_updated", "update_redacted", "update"]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_merge_keeps_since_when_a_task_has_its_status(tmp_path, known):
+    with opened(tmp_path / "there.db") as there, opened(tmp_path / "here.db") as here:
+        here.create(monitor.WORKSTREAM, {"name": "not empty"})
+        stream = json.loads(there.create(monitor.WORKSTREAM, {"name": "w"}))["id"]
+        task = json.loads(there.create(monitor.TASK, {"workstream_id": stream, "name": "t"}))["id"]
+        if known:
+            here.take_export(exported(there), 2)
+        done = json.loads(there.change(monitor.TASK, task, {"status": "done"}))["updated_at"]
+        there.change(monitor.TASK, task, {"name": "renamed since"})
+        here.take_export(exported(there), 2)
+        times = [made.store.read(lambda q: q.status_times()) for made in (there, here)]
+        assert times == [{task: done}, {task: done}]
+        again = json.loads(here.change(monitor.TASK, task, {"status": "active"}))["updated_at"]
+        assert here.store.read(lambda q: q.status_times()) == {task: again}
 
 
 def test_a_copy_that_went_its_own_way_takes_what_is_new_under_new_numbers(rich, tmp_path):
@@ -527,6 +558,8 @@ WRONG = {
     "an unknown column": b'{"event":"folders","data":{"path":"x","workstream) VALUES (1); --":1}}\n',
     "a column that is none": b'{"event":"folders","data":{"path":{"a":1}}}\n',
     "a digest that is none": b'{"event":"idempotency_keys","data":{"key":"x","digest":"zz"}}\n',
+    "a link to no task": b'{"event":"links","data":{"kind":"branch","value":"x","task":null}}\n',
+    "no digest": b'{"event":"idempotency_keys","data":{"key":"x","digest":null,"created_at":null}}\n',
     "a second header": lambda line: b'{"event":"export","data":{}}\n',
 }
 
