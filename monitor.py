@@ -6565,10 +6565,13 @@ def unlink(**given: str | None) -> None:
     show(told)
 
 
-def progress_bar(length: int, label: str):
-    """A progress bar on standard error, silent unless that is a terminal."""
+@contextlib.contextmanager
+def progress_bar(length: int, label: str) -> Iterator[Any]:
+    """A progress bar on standard error, silent unless that is a terminal; full when all went well."""
     silent = quiet() or not sys.stderr.isatty()
-    return click.progressbar(length=length, label=label, file=sys.stderr, hidden=silent)
+    with click.progressbar(length=max(1, length), label=label, file=sys.stderr, hidden=silent) as bar:
+        yield bar
+        bar.update(bar.length - bar.pos)
 
 
 def save(label: str, file: str, database: str | None, given: dict[str, str] | None = None) -> None:
@@ -6581,7 +6584,7 @@ def save(label: str, file: str, database: str | None, given: dict[str, str] | No
     with file_errors(f"write {file}"), server_for(database) as server, place as copy:
         response = server("GET", f"/api/admin/{label}", given, LONG_SECONDS, whole=False)
         length = int(response.headers["Content-Length"] or 0)
-        with response, progress_bar(length or 1, label.capitalize()) as bar:
+        with response, progress_bar(length, label.capitalize()) as bar:
             with contextlib.suppress(http.client.HTTPException):  # it is cut off
                 while chunk := response.read(READ_BYTES):
                     copy.write(chunk)
@@ -6610,9 +6613,8 @@ def backup(file: str, database: str | None) -> None:
 @command("check", "database")
 def check(database: str | None) -> None:
     """Say what is wrong with the database. All of it is read: integrity, numbers, orphans, search index."""
-    with server_for(database) as server, progress_bar(1, "Checking") as bar:
+    with server_for(database) as server, progress_bar(1, "Checking"):
         problems = server("GET", "/api/admin/check", None, LONG_SECONDS).get("problems", [])
-        bar.update(1)
     show({"ok": not problems, "problems": problems})
     if problems:
         raise invalid(f"{len(problems)} things are wrong with the database; restore a backup")
@@ -6658,7 +6660,8 @@ def take_file(file: str, database: str | None) -> None:
             os.close(os.open(parse_database(database) or os.devnull, os.O_WRONLY | os.O_CREAT, 0o600))
         with server_for(database) as server, progress_bar(size, "Import") as bar:
             bar.update(len(header))
-            show({"import": file, **send_lines(server, header, lines, bar)})
+            told = send_lines(server, header, lines, bar)
+        show({"import": file, **told})
 
 
 def next_lines(lines: io.BufferedReader) -> list[bytes]:

@@ -245,7 +245,7 @@ def test_a_section_is_no_longer_than_600_lines():
 
 def test_the_file_stays_within_its_limit():
     """3,500 were planned: what plugs agents and GitHub in took more, and filters on the pages."""
-    assert len(LINES) <= 7100
+    assert len(LINES) <= 7000
 
 
 def test_a_line_is_no_longer_than_110_characters():

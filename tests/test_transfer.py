@@ -21,7 +21,7 @@ import pytest
 from conftest import ROOT, Server, clean_environment, wait_until
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from rig import at_rest, made_before, next_of, on, one_sentence, reading, serving
+from rig import at_rest, in_terminal, made_before, next_of, on, one_sentence, reading, serving
 
 import monitor
 
@@ -826,3 +826,16 @@ def test_memory_does_not_grow_with_the_log(tmp_path):
         assert len(events[0]) == count and events[0] == events[1]
     assert file.stat().st_size > 60_000_000
     assert taken[3000] < taken[300] + 25_000_000
+
+
+# --- on a terminal ---------------------------------------------------------------------------------------
+
+
+def test_a_bar_is_full_in_the_end_and_what_follows_stands_below_it(fresh, tmp_path):
+    server = fresh()
+    server.say(server.new_task(), "kept")
+    for words in (("export", str(tmp_path / "kept.ndjson")), ("import", str(tmp_path / "kept.ndjson"))):
+        told = in_terminal(*words, MONITOR_SERVER=server.url)
+        lines = [line.rpartition("\r")[2] for line in told.out.replace("\r\n", "\n").splitlines()]
+        (bar,) = [line for line in lines if "[#" in line]
+        assert told.status == 0 and bar.rstrip().endswith("100%") and lines[-1] != bar, told.out
