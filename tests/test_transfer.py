@@ -838,4 +838,4 @@ def test_a_bar_is_full_in_the_end_and_what_follows_stands_below_it(fresh, tmp_pa
         told = in_terminal(*words, MONITOR_SERVER=server.url)
         lines = [line.rpartition("\r")[2] for line in told.out.replace("\r\n", "\n").splitlines()]
         (bar,) = [line for line in lines if "[#" in line]
-        assert told.status == 0 and bar.rstrip().endswith("100%") and lines[-1] != bar, told.out
+        assert told.status == 0 and "100%" in bar and lines[-1] != bar, told.out
