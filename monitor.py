@@ -3353,7 +3353,8 @@ def parameter(place: str, name: str, field: Field) -> dict[str, Any]:
 
 def operation(route: Route, row: dict[str, Any], about: dict[str, Any], config: Config) -> dict[str, Any]:
     """One route of the API: its row in the file, and what its tables and the settings add."""
-    placed = [("path", name, PATH[name]) for name in PATH if f"{name}>" in route.rule]
+    known = PATH | ({"reference": FIELDS["workstream_id"]} if "/workstreams/" in route.rule else {})
+    placed = [("path", *each) for each in known.items() if f"{each[0]}>" in route.rule]
     placed += [("query", *each) for each in (route.query or {}).items()]
     row["operationId"] = re.sub(r"\W+", "_", route.method.lower() + route.rule).strip("_")
     row["parameters"] = [parameter(*each) for each in placed] + row.get("parameters", [])
@@ -4476,9 +4477,10 @@ def show_error(error: Exception):
     problem = problem_of(error)
     if wants_page():
         # Not by page(): whether somebody is logged in stands in the database, which may be the trouble.
-        sessions = bool(monitor().config.tokens)
-        shown = flask.render_template("error.html", version=__version__, problem=problem, sessions=sessions)
-        response = flask.make_response(shown, problem.status)
+        known = {"version": __version__, "problem": problem, "sessions": bool(monitor().config.tokens)}
+        with contextlib.suppress(Problem):
+            known["logged_in"] = logged_in()
+        response = flask.make_response(flask.render_template("error.html", **known), problem.status)
     else:
         response = answer(dump(problem.body()), problem.status)
     response.headers.update(ERROR_HEADERS.get(problem.status, {}))
@@ -5198,6 +5200,7 @@ def server_facts(server: str, token: str, health: dict[str, Any]) -> Facts:
     facts = {"server": server, "status": status, "off": not status, "foreign": not ours, "ours": __version__}
     facts |= {"version": "?", "writer": "ok", "seq": "?"} | health
     facts |= {"sick": facts["writer"] != "ok", "other": facts["version"] not in ("?", __version__)}
+    facts["shut"] = "version" not in health
     yield "server", facts
     if ours:
         yield "token", facts | {"refused": "version" not in health or post_spooled(server, token) != 400}
@@ -5272,11 +5275,13 @@ def folder_facts(server: str) -> Facts:
 
 def all_facts(server: str, token: str, database: str | None) -> Facts:
     """All that a doctor looks at; of the databases that which is named, which a server on this machine has
-    open, or, where none answers, that of the settings."""
+    open, or, where none answers, that of the settings: not for a server that is not theirs."""
     health: dict[str, Any] = {}
     yield from server_facts(server, token, health)
     try:
-        path, asked = Config.load({"MONITOR_DB": database}).database, database is None and "version" in health
+        config, asked = Config.load({"MONITOR_DB": database}), database is None and bool(health)
+        named = database or os.environ.get("MONITOR_DB") or server.endswith(f":{config.port}")
+        path = config.database if named else None
         if asked:
             near = re.match(r"https?://(localhost|127\.|\[::1\])", server)
             path = health["database"] if near and os.path.exists(str(health.get("database"))) else None
@@ -5836,6 +5841,8 @@ def server_for(database: str | None, at_rest: bool = True) -> Iterator[Callable]
     if not at_rest or (database is None and is_there()):
         yield functools.partial(ask, *target())
         return
+    if database is None and setting("server")[2] == "option":
+        raise trouble_of(target()[0], 0)
     token = secrets.token_hex()
     names = {"MONITOR_DB": database, "MONITOR_BIND": "127.0.0.1:0", "MONITOR_API_TOKENS": token}
     config = dataclasses.replace(Config.load(names), tended=False)
