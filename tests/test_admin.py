@@ -549,3 +549,11 @@ def test_quiet_commands_print_nothing_even_on_a_terminal(small):
 def test_ages_are_days_hours_and_minutes():
     found = [monitor.parse_age(age).total_seconds() for age in ("2d", "12h", "45m", "0m")]
     assert found == [172800, 43200, 2700, 0]
+
+
+def test_a_server_that_was_named_is_not_replaced_by_the_file_here(tmp_path, monkeypatch):
+    made_before(tmp_path / "monitor.db", 3)
+    monkeypatch.chdir(tmp_path)
+    assert at_rest("check").status == 0
+    ran = at_rest("check", "--server", "http://127.0.0.1:9")
+    assert (ran.status, ran.out, "no server at http://127.0.0.1:9" in ran.error) == (5, "", True)

@@ -89,6 +89,17 @@ def test_without_a_server_it_says_so_and_looks_at_the_file(tmp_path):
     assert found["database"][0]["mend"] == f"monitor serve --db {tmp_path}/nope.db"
 
 
+def test_the_database_of_another_server_is_not_the_one_here(fresh, tmp_path, monkeypatch):
+    made_before(tmp_path / "monitor.db", 3)
+    monkeypatch.chdir(tmp_path)
+    assert "database" in look(at_rest("doctor", MONITOR_BIND="127.0.0.1:9"))
+    assert "database" not in look(at_rest("doctor", "--server", "http://127.0.0.1:19"))
+    strict = fresh(database=tmp_path / "its.db", MONITOR_API_TOKENS="s3cret", MONITOR_AUTH_MODE="strict")
+    found = look(on(strict, "doctor"))
+    assert found["server"][0]["message"] == f"Monitor answers at {strict.url}"
+    assert level(found, "token") == "fail" and "database" not in found
+
+
 @contextlib.contextmanager
 def foreign(status: int, body: bytes, late: float = 0):
     """A server that is not Monitor, or pretends to be; its clock may be late."""
