@@ -1933,7 +1933,8 @@ MIGRATIONS = {2: asset("schema.sql").decode().partition("-- Version 2\n")[2]}
 def thread_pool(size: int) -> Callable[..., Any]:
     """A function that calls another one in one of `size` real threads. Under gevent those of its own pool:
     sqlite3 blocks every greenlet while it works. Without gevent each caller is a real thread already."""
-    if "gevent" in sys.modules and sys.modules["gevent.monkey"].is_module_patched("threading"):
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey and monkey.is_module_patched("threading"):
         from gevent.threadpool import ThreadPool
 
         pool = ThreadPool(size)

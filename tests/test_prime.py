@@ -55,7 +55,8 @@ def test_prime_finds_the_task_of_the_run_that_it_is_typed_in(server):
     assert head(task) in prime(server, MONITOR_TASK_ID=str(task["number"]))
 
 
-def test_prime_says_who_waits_elsewhere_but_not_the_own_task_twice(server):
+def test_prime_says_who_waits_elsewhere_but_not_the_own_task_twice(fresh):
+    server = fresh()
     own, other = run_of(server, "own-run"), run_of(server, "other-run")
     for session in ("own-run", "other-run"):
         ask = {
