@@ -6128,6 +6128,7 @@ class Record:
 
     def __init__(self, task: str | None, title: str | None, words: tuple[str, ...]):
         (self.server, self.token), self.trouble = target(), ""
+        self.begun = threading.Event()  # the start has its place before the end
         self.task, self.line = task or "", spoken(words)
         program = one_line(PurePath(words[0]).name, 100) or "command"
         self.fields: dict[str, Any] = {"source": f"run:{program}-{secrets.token_hex(4)}", "name": title}
@@ -6142,6 +6143,7 @@ class Record:
         data = {"exit_status": code if code >= 0 else 128 - code, "duration_ms": int(seconds * 1000)}
         data |= {} if output is None else {"output": last_words(output)}
         message = f"{one_line(self.line)}: {how} after {seconds:,.1f} s"
+        self.begun.wait(RECORD_SECONDS)
         self.tell(message, next(kinds, "command_end"), "error" if code else "info", data)
 
     def tell(self, message: str, kind: str, level: str, data: dict[str, Any]) -> None:
@@ -6152,6 +6154,8 @@ class Record:
         event, kept = spool_head("update", "", self.task, key) + body.encode(), None
         with contextlib.suppress(OSError):  # no place for a spool
             kept = keep_event(self.server, key, event)
+        if kept:
+            self.begun.set()
         then = "what there is to record of this command waits for it" if kept else "nothing is recorded"
         self.trouble = f"no answer from {self.server}; {then}"  # until there is one
         to = (self.server, self.token)
@@ -6161,6 +6165,7 @@ class Record:
         else:
             refused = f"{self.server} takes no record of this command (status {status}): is there a task"
             self.trouble = f"{refused} {self.task}?" if status >= 300 else ""
+        self.begun.set()
 
 
 class Terminal:
