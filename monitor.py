@@ -407,12 +407,16 @@ def read_reference(value: Any, schema: dict[str, Any]) -> str:
     return value.lower()
 
 
+def clamped(schema: dict[str, Any]) -> bool:
+    """Whether a number beyond its bounds is taken as the nearest one within; only a least 0 alone is not."""
+    return bool(schema["minimum"]) or "maximum" in schema
+
+
 def read_number(value: str, schema: dict[str, Any]) -> int:
     """A whole number in a query; what lies outside its bounds is clamped."""
-    least = schema["minimum"]
-    signed = least or "maximum" in schema
-    must(re.fullmatch(r"-?[0-9]{1,40}" if signed else r"[0-9]{1,40}", value, re.ASCII), "be a whole number")
-    return min(max(int(value), least), schema.get("maximum", MAX_INTEGER))
+    form = r"-?[0-9]{1,40}" if clamped(schema) else r"[0-9]{1,40}"
+    must(re.fullmatch(form, value, re.ASCII), "be a whole number")
+    return min(max(int(value), schema["minimum"]), schema.get("maximum", MAX_INTEGER))
 
 
 def read_time(value: str, schema: dict[str, Any]) -> str:
@@ -3314,7 +3318,7 @@ def text_schema(schema: dict[str, Any]) -> dict[str, Any]:
 SCHEMA_OF = {  # by the kind of a field: what its reader takes, as JSON Schema
     "any": lambda schema: schema if schema.get("type") == "string" else component("Any") | schema,
     "choice": lambda schema: {"type": "string"} | schema,
-    "number": lambda schema: {"type": "integer"} if schema["minimum"] else schema,  # clamped, not refused
+    "number": lambda schema: {"type": "integer"} if clamped(schema) else schema,
     "reference": lambda schema: schema | {"pattern": f"^(?:{RUN_REFERENCE}|{REFERENCE})$"},
     "tags": lambda schema: schema | {"items": text_schema(schema["items"])},
     "text": text_schema,

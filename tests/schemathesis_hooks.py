@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import schemathesis
 from conftest import ROOT  # noqa: F401 (it makes ours importable)
@@ -40,7 +41,11 @@ def kept(value):
 
 @schemathesis.hook
 def before_call(context, case, kwargs):
-    """A stream would never end: `poll` is true unless it is something that must be refused."""
+    """A stream would never end: `poll` is true unless it is something that must be refused; nor does it wait
+    for a task longer than it waits for an answer."""
+    query = dict(case.query or {})
+    if "wait_for" in query and re.fullmatch(r"-?[0-9]+", str(query.get("timeout", 0))):
+        case.query = query | {"timeout": 0}
     if case.operation.path == "/api/stream" and case.method == "GET":
         query = dict(case.query or {})
         if query.get("poll", False) in (False, 0, "false", "0"):
