@@ -495,7 +495,8 @@ FILE_QUERY = STREAM_FILTER | fields("q after_seq before_seq since until")
 UPDATE_QUERY = FILE_QUERY | fields("order limit total")
 CURSORS = {"lastEventId": FIELDS["cursor"], "last_event_id": FIELDS["cursor"], "after_seq": FIELDS["cursor"]}
 STREAM_QUERY = STREAM_FILTER | fields("view format poll stream") | CURSORS
-HOOK_QUERY = fields("event") | {"task_id": FIELDS["named_task"]}
+NAMED_TASK = fields("task_id=named_task")
+HOOK_QUERY = fields("event") | NAMED_TASK
 PATH = {"reference": FIELDS["task_id"], "seq": FIELDS["seq"]}
 PATH["agent"] = Field("choice", {"enum": [*AGENTS]}, "The agent.")
 SOCKET_OPERATION = fields("op!")
@@ -4390,7 +4391,6 @@ def show_prime(wanted: dict[str, Any]):
 # app: all routes, errors, what every answer has, create_app()
 # ======================================================================================================
 
-NAMED_TASK = fields("task_id=named_task")
 partial = functools.partial
 # Method, rule, handler, and the tables that check body and query for it: Route. An answer of one expression
 # stands here. What a route of the API is for, and answers, stands in templates/openapi.json.
