@@ -1530,21 +1530,21 @@ class Queries:
         faults = self.rows("SELECT * FROM faults WHERE n > 0")
         return problems + [f"{row['n']} {row['what']}" for row in faults]
 
-    def activity(self, seconds: int, count: int, task: int | None = None) -> dict[int, dict[int, Any]]:
-        """How much happened in the last `count` spans of so many seconds: for each task (or one), by number,
+    def activity(self, seconds: int, count: int, tasks: list[int]) -> dict[int, dict[int, Any]]:
+        """How much happened in the last `count` spans of so many seconds: for each of the tasks, by number,
         for each span that is not empty by its place, `updates`, `errors` among them, and the `last` seq."""
         first = int(time.time()) // seconds - count + 1
-        sql = f"""
+        sql = """
             SELECT task, strftime('%s', timestamp) / :seconds - :first AS span, COUNT(*) AS updates,
                    SUM(level IS 'error') AS errors, MAX(seq) AS last
             FROM updates
             WHERE seq >= (SELECT seq FROM updates WHERE timestamp >= :since ORDER BY timestamp LIMIT 1)
-              AND timestamp >= :since AND {"TRUE" if task is None else "task = :task"}
-            GROUP BY +task, span
+              AND timestamp >= :since AND task IN (SELECT value FROM json_each(:tasks))
+            GROUP BY task, span
         """
         since = timestamp(datetime.datetime.fromtimestamp(first * seconds, datetime.UTC))
         found: dict[int, dict[int, Any]] = {}
-        for row in self.rows(sql, since=since, seconds=seconds, first=first, task=task):
+        for row in self.rows(sql, since=since, seconds=seconds, first=first, tasks=dump(tasks)):
             found.setdefault(row["task"], {})[row["span"]] = row
         return found
 
@@ -1579,13 +1579,18 @@ class Queries:
         """Number, event and JSON of the last row of the log; those after it may have been removed."""
         return tuple(self.first("SELECT seq, event, body FROM log ORDER BY seq DESC LIMIT 1") or (0, "", ""))
 
-    def status_times(self) -> dict[str, str]:
-        """Since when each task has its status, by the task's id."""
-        return dict(map(tuple, self.rows("SELECT id, coalesce(status_since, created_at) FROM tasks")))
+    def news_of_tasks(self) -> dict[str, dict[str, Any]]:
+        """By each task's id `since` when it has its status, `seq` and `source` of its newest update."""
+        sql = """
+            SELECT tasks.id, coalesce(status_since, created_at) AS since, seq, source
+            FROM tasks LEFT JOIN updates ON seq = (SELECT MAX(seq) FROM updates WHERE task = tasks.number)
+        """
+        return {row["id"]: dict(row) for row in self.rows(sql)}
 
-    def newest_of_tasks(self) -> dict[str, str]:
-        """The JSON of each task's newest update, by the task's id."""
-        return dict(map(tuple, self.rows("SELECT task_id, body FROM newest_of_tasks")))
+    def newest_of_tasks(self, ids: list[str]) -> dict[str, dict[str, Any]]:
+        """The newest update of each of these tasks that has one, by the task's id."""
+        sql = "SELECT * FROM newest_of_tasks WHERE task_id IN (SELECT value FROM json_each(:ids))"
+        return {row["task_id"]: json.loads(row["body"]) for row in self.rows(sql, ids=dump(ids))}
 
     def events(self, cursor: int, chosen: Filter, head: int) -> tuple[list[Frame], int]:
         """The next frames after `cursor` that match, and the seq up to which the log was read. Bounded in
@@ -3985,37 +3990,49 @@ def asking(q: Queries) -> list[dict[str, Any]]:
 
 def palette(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
     """What the command palette leads to: open tasks first, the newest first."""
-    tasks = q.tasks({})
-    tasks.sort(key=lambda task: (task["status"] not in OPEN, -task["number"]))
+    tasks = sorted(q.tasks({}), key=lambda task: (task["status"] not in OPEN, -task["number"]))
     return {"tasks": tasks[:500], "workstreams": q.workstreams({})}
 
 
 def dashboard(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
-    """The tasks that the filters leave, in groups, each with its newest update; and for each filter, how many
+    """The tasks that the filters leave, in groups, open ones and closed ones; and for each filter, how many
     tasks each of its values would leave beside the other filters."""
     scope = {name: wanted[name] for name in ("q", "include_hidden", "include_archived") if name in wanted}
     chosen = {name: [wanted[name]] for name in ("status", "source") if name in wanted}
     chosen |= {"attention": wanted["attention"]} if "attention" in wanted else {}
     if "workstream_id" in wanted:
         chosen["workstream_id"] = [q.one(WORKSTREAM, wanted["workstream_id"])["id"]]
-    newest, strips, times = q.newest_of_tasks(), q.activity(*HOUR), q.status_times()
     counts: dict[str, Any] = {n: Counter() for n in ("status", "attention", "source", "workstream_id")}
     groups: dict[str, dict[str, list]] = {}
+    news = q.news_of_tasks()
     place = {"status": "status", "none": None}.get(wanted.get("group"), "workstream_id")
     for task in q.tasks(scope):
-        last = json.loads(newest.get(task["id"], "null"))
+        task |= news[task["id"]]
         values = task | {"attention": task.get("attention", {}).get("state")}
-        values["source"] = last["source"].partition(":")[0] if last else None
+        values["source"] = task["source"] and task["source"].partition(":")[0]
         missed = {name for name in chosen if values[name] not in chosen[name]}
         for name, count in counts.items():
             count[values[name]] += missed <= {name}
         if not missed:
-            task |= {"last": last, "seq": last["seq"] if last else 0, "since": times[task["id"]]}
             parts = groups.setdefault(task.get(place, "all"), {"open": [], "closed": []})
-            task["strip"] = strips.get(task["number"])
             parts["open" if task["status"] in OPEN else "closed"].append(task)
-    found = {"workstreams": q.workstreams(scope), "groups": groups, "counts": counts, "chosen": chosen}
-    return found | {"rows": MAX_INTEGER if wanted.get("all") else DASHBOARD_ROWS}
+    room, few = max(5, DASHBOARD_ROWS // max(1, len(groups))), 5 if place == "workstream_id" else 20
+    choose_rows(q, groups.values(), *((MAX_INTEGER, MAX_INTEGER) if wanted.get("all") else (room, few)))
+    return {"workstreams": q.workstreams(scope), "groups": groups, "counts": counts, "chosen": chosen}
+
+
+def choose_rows(q: Queries, groups: Iterable[dict[str, list]], room: int, few: int) -> None:
+    """Give each group its `rows`: of its open tasks those that had the latest news, in their order, then the
+    few that were closed last. What only rows show is read now."""
+    for parts in groups:
+        latest = sorted(parts["open"], key=lambda task: -(task["seq"] or 0))[:room]
+        over = sorted(parts["closed"], key=lambda task: task["updated_at"], reverse=True)[:few]
+        parts["rows"] = sorted(latest, key=lambda task: task["number"]) + over
+    rows = [task for parts in groups for task in parts["rows"]]
+    newest = q.newest_of_tasks([task["id"] for task in rows])
+    strips = q.activity(*HOUR, [task["number"] for task in rows])
+    for task in rows:
+        task |= {"last": newest.get(task["id"]), "strip": strips.get(task["number"])}
 
 
 def thread(q: Queries, chosen: Filter, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -4044,6 +4061,17 @@ def lanes(q: Queries, wanted: dict[str, Any], updates: list[dict[str, Any]]) -> 
         bodies, _ = q.updates(q.filter(wanted | {"task_id": task["id"]}), newest)
         found.append({"task": task, "updates": list(map(json.loads, bodies))})
     return found
+
+
+def bars(strip: dict[int, dict[str, Any]], errors: bool) -> str:
+    """The path of a strip's bars, higher for more updates: their errors at the top, over a gap, or the rest."""
+    path = ""
+    for place, span in strip.items():
+        height = round(5 + 12 * span["updates"] / (span["updates"] + 5))
+        top = max(3, height * span["errors"] // span["updates"]) if span["errors"] else 0
+        low, high = (height - top, height) if errors else (0, height - top - (top > 0))
+        path += f"M{5 * place + 2.5} {18 - low}v-{high - low}" if high > low else ""
+    return path
 
 
 def folded(updates: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -4076,7 +4104,7 @@ def one_task(q: Queries, wanted: dict[str, Any], reference: str) -> dict[str, An
     found |= {"runs": q.sessions(of_task), "links": q.links(of_task)}
     found["total"] = q.updates(Filter(task=row["number"]), {"limit": 1})[1]
     found["since"] = row["status_since"] or row["created_at"]
-    found["strip"] = q.activity(*DAY, row["number"]).get(row["number"])
+    found["strip"] = q.activity(*DAY, [row["number"]]).get(row["number"])
     found |= thread(q, chosen, wanted)
     before = wanted.get("before_seq", MAX_INTEGER)
     if "around" in wanted and found["updates"]:
@@ -4536,8 +4564,8 @@ def create_app(config: Config | None = None):
     kinds = {"seq": "[0-9]{1,18}", "page": r"[^/]+(?<!\.md)(?<!\.json)"}  # else Allow tells of other paths
     app.url_map.converters |= {k: type(k, (BaseConverter,), {"regex": regex}) for k, regex in kinds.items()}
     app.jinja_loader = jinja2.FunctionLoader(lambda name: asset("templates", name).decode())
-    app.jinja_env.filters |= {"age": age, "brief": brief, "folded": folded, "marked": marked}
-    app.jinja_env.filters["quote"] = shlex.quote
+    filters = {"age": age, "bars": bars, "brief": brief, "folded": folded, "marked": marked}
+    app.jinja_env.filters |= filters | {"quote": shlex.quote}
     app.extensions["monitor"] = Monitor(config or Config.load())
     app.before_request(guard)
     app.after_request(finish)

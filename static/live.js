@@ -63,6 +63,10 @@ const isTouched = (node) =>
 
 export function morph(shown, fresh, navigating = false) {
   const kept = navigating ? null : held();
+  const rows = new Set(Array.from(fresh.querySelectorAll("li[id]"), (row) => row.id));
+  for (const row of shown.querySelectorAll("li[id]")) {
+    if (!rows.has(row.id) && !kept?.contains(row)) row.remove(); // idiomorph compares each with all that come
+  }
   Idiomorph.morph(shown, fresh, {
     morphStyle: "outerHTML",
     callbacks: {

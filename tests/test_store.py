@@ -293,10 +293,10 @@ def test_a_database_of_version_1_gets_what_came_later(path):
     older = [f"DROP {thing}" for thing in away]
     execute(path, *older, "ALTER TABLE tasks DROP COLUMN status_since", "PRAGMA user_version = 1")
     with opened(path) as m:
-        assert m.store.read(lambda q: q.status_times()) == {task["id"]: done["updated_at"]}
+        assert m.store.read(lambda q: q.news_of_tasks())[task["id"]]["since"] == done["updated_at"]
         assert [row["old_status"] for row in m.store.read(lambda q: q.changes(1, 0, 10**9))] == ["active"]
         again = json.loads(m.change(monitor.TASK, task["id"], {"status": "active"}))
-        assert m.store.read(lambda q: q.status_times()) == {task["id"]: again["updated_at"]}
+        assert m.store.read(lambda q: q.news_of_tasks())[task["id"]]["since"] == again["updated_at"]
     assert execute(path, schema) == fresh
     assert execute(path, "PRAGMA user_version") == [(monitor.SCHEMA_VERSION,)]
 
