@@ -4063,15 +4063,12 @@ def lanes(q: Queries, wanted: dict[str, Any], updates: list[dict[str, Any]]) -> 
     return found
 
 
-def bars(strip: dict[int, dict[str, Any]], errors: bool) -> str:
-    """The path of a strip's bars, higher for more updates: their errors at the top, over a gap, or the rest."""
-    path = ""
-    for place, span in strip.items():
-        height = round(5 + 12 * span["updates"] / (span["updates"] + 5))
-        top = max(3, height * span["errors"] // span["updates"]) if span["errors"] else 0
-        low, high = (height - top, height) if errors else (0, height - top - (top > 0))
-        path += f"M{5 * place + 2.5} {18 - low}v-{high - low}" if high > low else ""
-    return path
+def bars(strip: dict[int, dict[str, Any]]) -> tuple[str, str]:
+    """The paths of a strip's bars, higher for more updates: of what went well, and of errors, above it."""
+    high = {n: round(5 + 12 * span["updates"] / (span["updates"] + 5)) for n, span in strip.items()}
+    bad = {n: max(3, high[n] * s["errors"] // s["updates"]) for n, s in strip.items() if s["errors"]}
+    well = "".join(f"M{5 * n + 2.5} 18V{19 - height + bad.get(n, -1)}" for n, height in high.items())
+    return well, "".join(f"M{5 * n + 2.5} {18 - high[n]}v{top}" for n, top in bad.items())
 
 
 def folded(updates: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -4100,8 +4097,7 @@ def one_task(q: Queries, wanted: dict[str, Any], reference: str) -> dict[str, An
     chosen = q.filter(wanted | {"task_id": row["id"]})
     workstream = WORKSTREAM.make(q.one(WORKSTREAM, row["workstream_id"]))
     found = {"task": TASK.make(row), "workstream": workstream, "workstreams": q.workstreams({})}
-    of_task = {"task_id": row["id"]}
-    found |= {"runs": q.sessions(of_task), "links": q.links(of_task)}
+    found |= {"runs": q.sessions({"task_id": row["id"]}), "links": q.links({"task_id": row["id"]})}
     found["total"] = q.updates(Filter(task=row["number"]), {"limit": 1})[1]
     found["since"] = row["status_since"] or row["created_at"]
     found["strip"] = q.activity(*DAY, [row["number"]]).get(row["number"])

@@ -344,6 +344,25 @@ def test_lanes_are_live_pinned_by_a_click_and_in_the_address(server, visit, task
     stays(page)
 
 
+def test_a_row_leads_to_its_task_wherever_it_is_clicked(server, visit, task):
+    server.say(task, "words beside the name")
+    page = visit("/dashboard")
+    box = page.locator(f"#t{task['number']} .last").bounding_box()
+    page.mouse.click(box["x"] + 5, box["y"] + 5)
+    page.wait_for_url(server.url + path_of(task))
+
+
+@pytest.mark.parametrize(
+    "path", ["/dashboard", "/stream", "/stream?layout=lanes", "TASK", "/docs", "/nothing"]
+)
+def test_no_page_goes_sideways_on_the_smallest_phone(server, visit, task, path):
+    word = "x" * 200
+    server.ask("PATCH", f"/api/tasks/{task['id']}", {"name": word, "summary_text": word})
+    server.say(task, word, kind=word[:100], tags=[word[:60]], data={"output": word}, level="error")
+    page = visit(path.replace("TASK", path_of(task)), live=False, viewport={"width": 320, "height": 700})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
+
+
 def test_a_focused_link_keeps_the_focus(server, visit, task):
     page = visit("/dashboard")
     page.locator(f"#t{task['number']} .name").focus()

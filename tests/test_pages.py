@@ -611,12 +611,22 @@ def test_who_asks_is_named_with_the_time_since_when(crowd):
     assert "git push" in strip.text and "claude:5a5a5a5a" in strip.text and strip.all("time")
     (row,) = [item for item in page.all("li") if item["id"] == f"t{tasks['open pears']['number']}"]
     assert [each.all("time") != [] for each in row.all("span") if each["class"] == "asks"] == [True]
+    (state,) = [each.text for each in row.all("span") if each["class"] == "state"]
+    assert "waiting for you" in state and "active" not in state
     page = look(server, page_of(tasks["open pears"]))
     (box,) = [each for each in page.all("section") if "attention-box" in each["class"]]
     assert "claude:5a5a5a5a" in box.text
     run, said = box.all("a")
     assert run["href"][1:] in [item["id"] for item in page.all("li")]
     assert said["href"].partition("#")[2] in [item["id"] for item in look(server, said["href"]).all("li")]
+
+
+def test_of_what_is_over_a_row_tells_the_outcome_and_not_the_last_word(server):
+    task = server.new_task("it is over")
+    server.say(task, "the last word")
+    server.ask("PATCH", f"/api/tasks/{task['id']}", {"status": "done", "summary_text": "the outcome"})
+    (row,) = [item for item in look(server, "/dashboard").all("li") if item["id"] == f"t{task['number']}"]
+    assert "the outcome" in row.text and "the last word" not in row.text
 
 
 @pytest.mark.parametrize(
