@@ -61,6 +61,8 @@ document.addEventListener("input", (event) => edited.add(event.target));
 const isTouched = (node) =>
   isControl(node) && (node === document.activeElement || edited.has(node) || (node.defaultValue ?? node.value) !== node.value);
 
+const isSameRow = (old, next) => old.tagName === "LI" && old.isEqualNode(next); // most are: that is half the work
+
 export function morph(shown, fresh, navigating = false) {
   const kept = navigating ? null : held();
   const rows = new Set(Array.from(fresh.querySelectorAll("li[id]"), (row) => row.id));
@@ -71,7 +73,7 @@ export function morph(shown, fresh, navigating = false) {
     morphStyle: "outerHTML",
     callbacks: {
       // After Back, a focused search box must not keep the text of the page before.
-      beforeNodeMorphed: (old) => navigating || !(isTouched(old) || old === kept),
+      beforeNodeMorphed: (old, next) => (navigating || !(isTouched(old) || old === kept)) && !isSameRow(old, next),
       beforeAttributeUpdated: (name, node) => !(name === "open" && node.matches("details, dialog")),
     },
   });
