@@ -1,7 +1,7 @@
 // Monitor's pages, live. The server renders every page whole. When its stream says that something changed, this
 // module fetches the current page again and morphs what is shown into it: no HTML is made here.
 import { Idiomorph } from "./idiomorph.js";
-import { listen, subscribe, tell } from "./stream.js";
+import { listen, stream, subscribe, tell } from "./stream.js";
 
 export const $ = (selector, root = document) => root.querySelector(selector);
 export const parse = (html) => new DOMParser().parseFromString(html, "text/html");
@@ -23,7 +23,7 @@ const exact = new Intl.DateTimeFormat(undefined, { dateStyle: "full", timeStyle:
 const dayName = new Intl.DateTimeFormat(undefined, { weekday: "long", day: "numeric", month: "long", year: "numeric" });
 
 function age(moment) {
-  const seconds = Math.max(0, Math.floor((Date.now() - moment) / 1000));
+  const seconds = Math.max(0, Math.floor((Date.now() + stream.ahead - moment) / 1000));
   const [unit, size] = [["d", 86400], ["h", 3600], ["m", 60], ["s", 1]].find(([, size]) => seconds >= size) ?? ["s", 1];
   return `${Math.floor(seconds / size)} ${unit}`;
 }
@@ -145,6 +145,7 @@ let notBefore = 0;
 export function schedule() {
   page.changed();
   if (request || timer || page.paused || document.hidden || !page.stream || page.known <= page.shown) return;
+  if (stream.state === "logged out") return; // the next login opens the stream, and that leads here
   timer = setTimeout(refresh, Math.max(0, notBefore - performance.now()));
 }
 
@@ -159,6 +160,7 @@ export async function refresh(navigating = false) {
   timer = 0;
   request?.abort();
   const mine = (request = new AbortController());
+  setTimeout(() => mine.abort(), 20000); // a network that went away may leave it without an end
   const began = performance.now();
   let failed = false;
   try {
@@ -173,7 +175,7 @@ export async function refresh(navigating = false) {
     } else show(fresh, navigating);
   } catch (error) {
     failed = true;
-    if (navigating && error.name !== "AbortError") location.reload();
+    if (navigating && mine === request) location.reload();
   } finally {
     if (mine === request) {
       request = null;
@@ -190,6 +192,7 @@ listen((message) => {
     if (other || (message.hello && message.seq < page.shown)) page.shown = -1; // another database, or an older copy
     page.known = page.shown < 0 ? message.seq : Math.max(page.known, message.seq);
   }
+  if (message.ahead !== undefined) tellTimes(document);
   schedule();
 });
 
@@ -241,6 +244,6 @@ setInterval(() => tellTimes(document), 30000);
 if (page.stream) {
   subscribe(
     () => ({ seq: page.known, stream: page.stream }),
-    () => document.hidden || page.paused || request || refresh(),
+    () => document.hidden || page.paused || refresh(),
   );
 }

@@ -24,10 +24,14 @@ MISSING = [
 ]
 pytestmark = [pytest.mark.skipif(bool(MISSING) and not REQUIRED, reason=" and ".join(MISSING))]
 
-# What tests do to a page before it starts: to hide it, to make its stream deaf, to keep its notifications.
+# What tests do to a page before it starts: to hide it, to set its clock, to make its stream deaf, to keep its
+# notifications.
 RIGGED = """
 Object.defineProperty(document, 'hidden', {get: () => window.away ?? false});
 window.hide = (away) => { window.away = away; document.dispatchEvent(new Event('visibilitychange')); };
+const now = Date.now.bind(Date);
+window.ahead = Number(sessionStorage.getItem('ahead'));
+Date.now = () => now() + window.ahead;
 window.deaf = Boolean(sessionStorage.getItem('deaf'));
 const really = window.fetch;
 const silence = (signal) => new ReadableStream({
@@ -185,6 +189,19 @@ def test_times_are_told_in_the_readers_zone_and_grow_old(server, visit, task):
     assert re.fullmatch(r"\d s", time_of.inner_text())
     page.clock.run_for(155_000)
     assert time_of.inner_text() == "2 m"
+
+
+@pytest.mark.parametrize("ahead", [-600_000, 600_000])
+def test_where_the_clocks_differ_times_are_as_long_ago_as_the_server_says(server, visit, task, ahead):
+    page, other = visit("/login", live=False), visit("/login", live=False)
+    for tab in (page, other):
+        tab.evaluate("ahead => sessionStorage.setItem('ahead', ahead)", ahead)
+        tab.goto(server.url + path_of(task))
+        tab.locator("#pill[data-state=live]").wait_for()
+    server.say(task, "just now")
+    for tab in (page, other):
+        appears(tab, "just now")
+        assert re.fullmatch(r"\d s", tab.locator(".update time").first.text_content())
 
 
 def test_days_are_the_readers(server, visit, task):
@@ -494,6 +511,21 @@ def test_a_hidden_tab_rests_and_is_right_when_it_is_looked_at(server, visit, tas
     appears(page, "nobody looks", 2)
 
 
+def test_a_leader_that_hangs_is_replaced_and_waits_again(server, visit, task):
+    leader = visit(path_of(task))
+    page = visit(path_of(task))
+    leader.evaluate("window.until = performance.now() + 4000")
+    leader.evaluate("void setTimeout(() => { while (performance.now() < until); })")
+    page.evaluate("window.ahead = 3_600_000")  # it wakes, and asks for a sign of life
+    page.wait_for_timeout(3500)
+    server.say(task, "who reads now")
+    appears(page, "who reads now", 2)
+    leader.wait_for_function("navigator.locks.query().then(({pending}) => pending.length === 1)")
+    page.close()
+    server.say(task, "the first again")
+    appears(leader, "the first again")
+
+
 def test_without_locks_the_stream_closes_while_hidden(server, visit, task):
     page = visit(path_of(task), live=False, locale="en-US")
     page.context.add_init_script("delete Navigator.prototype.locks")
@@ -550,6 +582,28 @@ def test_after_an_hours_sleep_it_is_right_within_two_seconds(server, visit, task
     page.clock.fast_forward("01:00:00")
     appears(page, "while it slept", 2)
     page.locator("#pill[data-state=live]").wait_for()
+
+
+def test_the_tab_in_view_is_right_after_sleep_also_where_a_hidden_one_reads(server, visit, task):
+    """The timers of a hidden tab run once a minute: it does not notice soon that its stream is dead."""
+    leader = visit(path_of(task))
+    leader.evaluate("sessionStorage.setItem('deaf', '1')")
+    leader.reload()
+    page = visit(path_of(task), live=False)
+    leader.evaluate("hide(true); window.deaf = false")
+    page.evaluate("window.ahead = 3_600_000")
+    page.locator("#pill[data-state=live]").wait_for(timeout=2000)
+    server.say(task, "after it woke")
+    appears(page, "after it woke", 2)
+
+
+def test_a_request_without_an_end_holds_nothing_up(server, visit, task):
+    page = visit(path_of(task))
+    page.route("**/tasks/*seen=*", lambda route: None, times=1)
+    with page.expect_request("**/tasks/*seen=*"):
+        server.say(task, "asked for, never answered")
+    page.evaluate("dispatchEvent(new Event('online'))")
+    appears(page, "asked for, never answered", 2)
 
 
 def test_when_the_network_is_back_the_page_is_right_within_two_seconds(server, visit, task):
@@ -645,6 +699,26 @@ def test_x_changes_the_task_of_a_row_without_leaving(server, visit, task):
     stays(page)
 
 
+def test_x_on_a_tasks_own_page_leads_to_its_buttons(server, visit, task):
+    page = visit(path_of(task))
+    page.keyboard.press("x")
+    page.keyboard.press("Enter")
+    page.locator(".head .status.done").wait_for()
+
+
+def test_why_a_change_was_refused_is_said_in_its_dialog(server, visit, task):
+    page = visit("/dashboard")
+    page.locator(f"#t{task['number']} .name").focus()
+    page.keyboard.press("x")
+    page.locator("#sheet [name=name]").fill(" ")
+    page.locator("#sheet [name=name]").press("Enter")
+    page.locator("#sheet #said", has_text="name must not be empty").wait_for()
+    page.keyboard.press("Escape")
+    page.context.set_offline(True)
+    page.keyboard.press("x")
+    page.locator("#said", has_text="The server does not answer").wait_for()
+
+
 def test_a_task_is_copied_as_markdown(server, visit, task):
     server.say(task, "to be copied")
     page = visit(path_of(task), permissions=["clipboard-read", "clipboard-write"])
@@ -666,6 +740,33 @@ def test_where_a_token_is_needed_a_browser_logs_in_and_is_live(fresh, visit):
     server.say(server.new_task(), "for members only", level="warn")
     appears(page, "for members only")
     stays(page)
+
+
+def test_a_page_whose_session_ends_rests_until_the_next_login(fresh, visit):
+    server = fresh(MONITOR_AUTH_MODE="strict", MONITOR_API_TOKENS="s3cret")
+    server.session.headers["Authorization"] = "Bearer s3cret"
+    task = server.new_task()
+
+    def log_in(page) -> None:
+        page.locator("#token").fill("s3cret")
+        page.locator("#token").press("Enter")
+        page.locator("#pill[data-state=live]").wait_for()
+
+    page = visit("/dashboard", server, live=False)
+    log_in(page)
+    page.context.clear_cookies()
+    asked = []
+    page.on("request", lambda request: asked.append(request.url.partition("?")[0]))
+    server.say(task, "behind the door")
+    page.locator("#pill", has_text="log in").wait_for()
+    page.wait_for_timeout(2500)
+    assert asked.count(server.url + "/dashboard") == 1
+    page.locator(".task .name").focus()
+    page.keyboard.press("x")
+    page.locator("#said", has_text="You are logged out").wait_for()
+    log_in(visit("/stream", server, live=False))
+    appears(page, "behind the door")
+    page.locator("#pill[data-state=live]").wait_for()
 
 
 def test_pages_ask_nobody_but_their_server(server, visit, task):
@@ -690,6 +791,12 @@ def test_the_palette_leads_to_tasks_workstreams_and_actions(server, visit, task)
     assert not page.locator("#palette").is_visible()
     page.keyboard.press("Control+k")
     page.locator("#palette-list li").first.wait_for()
+    page.keyboard.type("fence paint")
+    page.locator("#palette-query").dispatch_event("keydown", {"key": "Enter", "isComposing": True})
+    assert page.locator("#palette").is_visible()  # an input method's Enter is not ours
+    page.keyboard.press("Escape")
+    assert not page.locator("#palette").is_visible()
+    page.keyboard.press("Control+k")
     page.keyboard.type("fence paint")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
