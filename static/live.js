@@ -240,7 +240,11 @@ addEventListener("popstate", async ({ state }) => {
 
 prepare(document);
 noteRead();
-setInterval(() => tellTimes(document), 30000);
+setInterval(() => {
+  tellTimes(document);
+  const rests = !page.stream || document.hidden || page.paused || request;
+  if (!rests && performance.now() > notBefore + 300000) refresh(); // strips of activity move on, too
+}, 30000);
 if (page.stream) {
   subscribe(
     () => ({ seq: page.known, stream: page.stream }),

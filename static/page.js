@@ -232,6 +232,10 @@ document.addEventListener("visibilitychange", beSeen);
 addEventListener("pageshow", (event) => event.persisted && beSeen());
 addEventListener("storage", (event) => event.key === "monitor-theme" && showTheme(event.newValue ?? "system"));
 
+// A link to an update that stood on the newest page when the link was made.
+const [place, seq] = /^#u(\d+)$/.exec(location.hash) ?? [];
+if (place && $(".thread") && !$(place) && !location.search.includes("around=")) location.replace(`?around=${seq}${place}`);
+
 showTheme(document.documentElement.dataset.theme);
 showBell();
 beSeen();

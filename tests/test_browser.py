@@ -37,8 +37,13 @@ const really = window.fetch;
 const silence = (signal) => new ReadableStream({
   start: (control) => signal.addEventListener('abort', () => control.error(signal.reason)),
 });
-window.fetch = async (url, options) => window.deaf && String(url).startsWith('/api/stream')
-  ? new Response(silence(options.signal)) : really(url, options);
+window.flying = window.most = 0; // how many requests for the page itself are, and were, under way
+window.fetch = async (url, options) => {
+  if (window.deaf && String(url).startsWith('/api/stream')) return new Response(silence(options.signal));
+  const whole = url instanceof URL;
+  window.most = Math.max(window.most, window.flying += whole);
+  return really(url, options).finally(() => window.flying -= whole);
+};
 window.shown = []; window.asked = 0; window.allowed = 'default';
 window.Notification = class {
   constructor(title, options) { window.shown.push([title, options.tag]); }
@@ -191,6 +196,16 @@ def test_times_are_told_in_the_readers_zone_and_grow_old(server, visit, task):
     assert time_of.inner_text() == "2 m"
 
 
+def test_the_activity_of_the_last_hour_moves_on_when_nothing_happens(server, visit, task):
+    server.say(task, "the last for long")
+    page = visit("/dashboard", live=False, locale="en-AU")
+    page.clock.install()
+    page.reload()
+    page.locator("#pill[data-state=live]").wait_for()
+    with page.expect_request("**/dashboard"):
+        page.clock.run_for("05:30")
+
+
 @pytest.mark.parametrize("ahead", [-600_000, 600_000])
 def test_where_the_clocks_differ_times_are_as_long_ago_as_the_server_says(server, visit, task, ahead):
     page, other = visit("/login", live=False), visit("/login", live=False)
@@ -228,6 +243,7 @@ def test_after_a_burst_the_page_is_fresh_and_was_never_stuck(server, visit, task
     appears(page, "the last of them", 5)
     assert main_thread(session) - before < 10
     assert page.evaluate("window.longest") < 1500
+    assert page.evaluate("[most, flying]") == [1, 0]
     assert int(page.locator("main").get_attribute("data-seq")) >= last["seq"]
     stays(page)
 
@@ -471,6 +487,17 @@ def test_an_open_fold_stays_open_while_more_calls_come(server, visit, task):
     stays_open.wait_for()
 
 
+def test_a_link_to_an_update_leads_there_when_it_is_long_past(server, visit, task):
+    first = server.say(task, "long past")
+    for number in range(100):
+        server.say(task, f"later {number}")
+    page = visit("/login", live=False)
+    page.goto(f"{server.url}{path_of(task)}#u{first['seq']}")
+    page.locator(f"#u{first['seq']}:target", has_text="long past").wait_for()
+    page.go_back()
+    assert page.url == server.url + "/login"
+
+
 def test_a_page_that_one_comes_back_to_is_live(server, visit, task):
     page = visit("/dashboard")
     page.locator(f"#t{task['number']} .name").click()
@@ -677,6 +704,24 @@ def test_keys_lead_through_rows_and_pages(server, visit, task):
     page.keyboard.type("gs?jp")
     assert page.locator("#q").input_value() == "gs?jp"
     assert page.url.endswith("/dashboard") and not page.locator("#help").is_visible()
+
+
+@pytest.mark.parametrize("path", ["/dashboard", "/stream", "TASK"])
+def test_everything_is_reached_by_tab_with_a_visible_focus(server, visit, task, path):
+    server.say(task, "a row", level="error", tags=["a"], data={"output": "b"})
+    page = visit(path.replace("TASK", path_of(task)) + f"?q={task['number']}")
+    every = "[...document.querySelectorAll('a, button, input, select, textarea, summary, pre')]"
+    every += ".filter((one) => one.tabIndex >= 0 && one.type !== 'hidden' && one.checkVisibility())"
+    wanted, reached = page.evaluate(f"(window.every = {every}).length"), set()
+    for _ in range(wanted):
+        page.keyboard.press("Tab")
+        place, outline, shown = page.evaluate(
+            "[every.indexOf(document.activeElement), getComputedStyle(document.activeElement).outlineStyle,"
+            " document.activeElement.getBoundingClientRect().width > 0]"
+        )
+        assert (outline, shown) == ("solid", True), place
+        reached.add(place)
+    assert reached == set(range(wanted))
 
 
 def test_x_changes_the_task_of_a_row_without_leaving(server, visit, task):
