@@ -190,6 +190,7 @@ listen((message) => {
   if (message.seq !== undefined) {
     const other = message.stream && message.stream !== page.stream;
     if (other || (message.hello && message.seq < page.shown)) page.shown = -1; // another database, or an older copy
+    if (page.shown < 0) read.newest = read.whole = 0; // all of it is news
     page.known = page.shown < 0 ? message.seq : Math.max(page.known, message.seq);
   }
   if (message.ahead !== undefined) tellTimes(document);

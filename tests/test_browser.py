@@ -586,14 +586,20 @@ def test_another_database_behind_the_address_is_shown(fresh, visit, tmp_path):
     server = fresh()
     for number in range(5):
         server.new_task(f"old {number}")
-    page = visit("/dashboard", server)
+    for number in range(40):
+        server.say(server.get("/api/tasks/1"), f"old news {number}")
+    page, reading = visit("/dashboard", server), visit("/stream", server)
+    reading.evaluate("scrollTo(0, 500)")
     server.kill()
     server.database = tmp_path / "another.db"
     server.start()
-    server.new_task("of the other database")
+    server.say(server.new_task("of the other database"), "its only update")
     appears(page, "of the other database")
     appears(page, "1 open")
     assert page.get_by_text("old 1").count() == 0
+    reading.locator("#news a:visible", has_text="1 new").click()
+    appears(reading, "its only update")
+    assert reading.get_by_text("old news").count() == 0
 
 
 def test_after_an_hours_sleep_it_is_right_within_two_seconds(server, visit, task):
@@ -670,10 +676,15 @@ def test_notifications_are_asked_for_by_a_click_and_come_once_a_task_in_the_back
     page.locator(".tools [data-do=notify]").click()
     page.wait_for_function("() => asked === 1")
     assert not page.locator(".tools [data-do=notify]").is_visible()
+    other = visit("/stream", server)
     page.evaluate("hide(true)")
+    ask_permission(server, "in view of the other tab")
+    page.wait_for_function("() => document.title.startsWith('(2) ')")
+    page.evaluate("navigator.locks.query()")  # answered after the page's own: it knows of the tab in view
+    other.evaluate("hide(true)")
     task = ask_permission(server, "hidden")
     page.wait_for_function("() => shown.length === 1")
-    page.wait_for_function("() => document.title.startsWith('(2) ')")
+    page.wait_for_function("() => document.title.startsWith('(3) ')")
     server.say(task, "more of it")
     page.wait_for_timeout(2000)
     assert page.evaluate("shown")[0][1] == f"n{task['number']}"
