@@ -142,10 +142,12 @@ let request = null; // the AbortController of the one in flight
 let timer = 0;
 let notBefore = 0;
 
+// A page that is logged out, too: the next login opens the stream, and that leads here.
+const rests = () => request || page.paused || document.hidden || !page.stream || stream.state === "logged out";
+
 export function schedule() {
   page.changed();
-  if (request || timer || page.paused || document.hidden || !page.stream || page.known <= page.shown) return;
-  if (stream.state === "logged out") return; // the next login opens the stream, and that leads here
+  if (timer || rests() || page.known <= page.shown) return;
   timer = setTimeout(refresh, Math.max(0, notBefore - performance.now()));
 }
 
@@ -179,8 +181,7 @@ export async function refresh(navigating = false) {
   } finally {
     if (mine === request) {
       request = null;
-      const took = performance.now() - began;
-      notBefore = performance.now() + (failed ? 1000 : Math.min(800, Math.max(400, 3 * took)));
+      notBefore = performance.now() + (failed ? 1000 : Math.min(800, Math.max(400, 3 * (performance.now() - began))));
       schedule();
     }
   }
@@ -193,7 +194,6 @@ listen((message) => {
     if (page.shown < 0) read.newest = read.whole = 0; // all of it is news
     page.known = page.shown < 0 ? message.seq : Math.max(page.known, message.seq);
   }
-  if (message.ahead !== undefined) tellTimes(document);
   schedule();
 });
 
@@ -243,12 +243,8 @@ prepare(document);
 noteRead();
 setInterval(() => {
   tellTimes(document);
-  const rests = !page.stream || document.hidden || page.paused || request;
-  if (!rests && performance.now() > notBefore + 300000) refresh(); // strips of activity move on, too
+  if (!rests() && performance.now() > notBefore + 300000) refresh(); // strips of activity move on, too
 }, 30000);
 if (page.stream) {
-  subscribe(
-    () => ({ seq: page.known, stream: page.stream }),
-    () => document.hidden || page.paused || refresh(),
-  );
+  subscribe(() => ({ seq: page.known, stream: page.stream }), () => document.hidden || page.paused || refresh());
 }

@@ -1,5 +1,5 @@
 // What stands around a page and acts on it: pill, theme, dialogs, keys, the palette, who needs you, notifications.
-import { $, isControl, morph, page, parse, schedule, showNeeds } from "./live.js";
+import { $, isControl, morph, page, parse, schedule, showNeeds, tellTimes } from "./live.js";
 import { channel, listen, stream, tell } from "./stream.js";
 
 // The frame. ----------------------------------------------------------------------------------------------------
@@ -136,6 +136,7 @@ let unseen = () => {};
 
 listen((message) => {
   if (message.needs) hearNeeds(message.needs);
+  if (message.ahead !== undefined) tellTimes(document);
   if (message.seq === undefined || !stream.leading) return;
   looking ||= setTimeout(async () => {
     looking = 0;

@@ -176,6 +176,20 @@ def test_nothing_between_render_and_subscription_is_missed(server, visit, task):
     appears(page, "stored in between")
 
 
+def test_what_comes_while_the_page_is_fetched_is_shown_without_more_news(server, visit, task):
+    page = visit(path_of(task))
+
+    def slow(route) -> None:
+        answer = route.fetch()
+        server.say(task, "too late for this answer")
+        page.wait_for_timeout(600)  # its tick is heard, and no other comes
+        route.fulfill(response=answer)
+
+    page.route("**/tasks/*seen=*", slow, times=1)
+    server.say(task, "fetched at once")
+    appears(page, "too late for this answer")
+
+
 def test_pages_are_whole_without_javascript(server, visit, task):
     server.say(task, "it is all there")
     page = visit(path_of(task), live=False, java_script_enabled=False)
@@ -541,7 +555,7 @@ def test_a_hidden_tab_rests_and_is_right_when_it_is_looked_at(server, visit, tas
 def test_a_leader_that_hangs_is_replaced_and_waits_again(server, visit, task):
     leader = visit(path_of(task))
     page = visit(path_of(task))
-    leader.evaluate("window.until = performance.now() + 4000")
+    leader.evaluate("window.until = performance.now() + 7000")
     leader.evaluate("void setTimeout(() => { while (performance.now() < until); })")
     page.evaluate("window.ahead = 3_600_000")  # it wakes, and asks for a sign of life
     page.wait_for_timeout(3500)
