@@ -3991,7 +3991,7 @@ def asking(q: Queries) -> list[dict[str, Any]]:
 def palette(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
     """What the command palette leads to: open tasks first, the newest first."""
     tasks = sorted(q.tasks({}), key=lambda task: (task["status"] not in OPEN, -task["number"]))
-    return {"tasks": tasks[:500], "workstreams": q.workstreams({})}
+    return {"tasks": tasks[:1000], "workstreams": q.workstreams({})}
 
 
 def dashboard(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 // Monitor's pages, live. The server renders every page whole. When its stream says that something changed, this
 // module fetches the current page again and morphs what is shown into it: no HTML is made here.
 import { Idiomorph } from "./idiomorph.js";
-import { listen, subscribe, tell } from "./stream.js";
+import { listen, stream, subscribe, tell } from "./stream.js";
 
 export const $ = (selector, root = document) => root.querySelector(selector);
 export const parse = (html) => new DOMParser().parseFromString(html, "text/html");
@@ -23,7 +23,7 @@ const exact = new Intl.DateTimeFormat(undefined, { dateStyle: "full", timeStyle:
 const dayName = new Intl.DateTimeFormat(undefined, { weekday: "long", day: "numeric", month: "long", year: "numeric" });
 
 function age(moment) {
-  const seconds = Math.max(0, Math.floor((Date.now() - moment) / 1000));
+  const seconds = Math.max(0, Math.floor((Date.now() + stream.ahead - moment) / 1000));
   const [unit, size] = [["d", 86400], ["h", 3600], ["m", 60], ["s", 1]].find(([, size]) => seconds >= size) ?? ["s", 1];
   return `${Math.floor(seconds / size)} ${unit}`;
 }
@@ -61,6 +61,8 @@ document.addEventListener("input", (event) => edited.add(event.target));
 const isTouched = (node) =>
   isControl(node) && (node === document.activeElement || edited.has(node) || (node.defaultValue ?? node.value) !== node.value);
 
+const isSameRow = (old, next) => old.tagName === "LI" && old.isEqualNode(next); // most are: that is half the work
+
 export function morph(shown, fresh, navigating = false) {
   const kept = navigating ? null : held();
   const rows = new Set(Array.from(fresh.querySelectorAll("li[id]"), (row) => row.id));
@@ -71,7 +73,7 @@ export function morph(shown, fresh, navigating = false) {
     morphStyle: "outerHTML",
     callbacks: {
       // After Back, a focused search box must not keep the text of the page before.
-      beforeNodeMorphed: (old) => navigating || !(isTouched(old) || old === kept),
+      beforeNodeMorphed: (old, next) => (navigating || !(isTouched(old) || old === kept)) && !isSameRow(old, next),
       beforeAttributeUpdated: (name, node) => !(name === "open" && node.matches("details, dialog")),
     },
   });
@@ -140,9 +142,12 @@ let request = null; // the AbortController of the one in flight
 let timer = 0;
 let notBefore = 0;
 
+// A page that is logged out, too: the next login opens the stream, and that leads here.
+const rests = () => request || page.paused || document.hidden || !page.stream || stream.state === "logged out";
+
 export function schedule() {
   page.changed();
-  if (request || timer || page.paused || document.hidden || !page.stream || page.known <= page.shown) return;
+  if (timer || rests() || page.known <= page.shown) return;
   timer = setTimeout(refresh, Math.max(0, notBefore - performance.now()));
 }
 
@@ -157,6 +162,7 @@ export async function refresh(navigating = false) {
   timer = 0;
   request?.abort();
   const mine = (request = new AbortController());
+  setTimeout(() => mine.abort(), 20000); // a network that went away may leave it without an end
   const began = performance.now();
   let failed = false;
   try {
@@ -171,12 +177,11 @@ export async function refresh(navigating = false) {
     } else show(fresh, navigating);
   } catch (error) {
     failed = true;
-    if (navigating && error.name !== "AbortError") location.reload();
+    if (navigating && mine === request) location.reload();
   } finally {
     if (mine === request) {
       request = null;
-      const took = performance.now() - began;
-      notBefore = performance.now() + (failed ? 1000 : Math.min(800, Math.max(400, 3 * took)));
+      notBefore = performance.now() + (failed ? 1000 : Math.min(800, Math.max(400, 3 * (performance.now() - began))));
       schedule();
     }
   }
@@ -186,6 +191,7 @@ listen((message) => {
   if (message.seq !== undefined) {
     const other = message.stream && message.stream !== page.stream;
     if (other || (message.hello && message.seq < page.shown)) page.shown = -1; // another database, or an older copy
+    if (page.shown < 0) read.newest = read.whole = 0; // all of it is news
     page.known = page.shown < 0 ? message.seq : Math.max(page.known, message.seq);
   }
   schedule();
@@ -235,10 +241,10 @@ addEventListener("popstate", async ({ state }) => {
 
 prepare(document);
 noteRead();
-setInterval(() => tellTimes(document), 30000);
+setInterval(() => {
+  tellTimes(document);
+  if (!rests() && performance.now() > notBefore + 300000) refresh(); // strips of activity move on, too
+}, 30000);
 if (page.stream) {
-  subscribe(
-    () => ({ seq: page.known, stream: page.stream }),
-    () => document.hidden || page.paused || request || refresh(),
-  );
+  subscribe(() => ({ seq: page.known, stream: page.stream }), () => document.hidden || page.paused || refresh());
 }

@@ -1,5 +1,5 @@
 // What stands around a page and acts on it: pill, theme, dialogs, keys, the palette, who needs you, notifications.
-import { $, isControl, morph, page, parse, schedule, showNeeds } from "./live.js";
+import { $, isControl, morph, page, parse, schedule, showNeeds, tellTimes } from "./live.js";
 import { channel, listen, stream, tell } from "./stream.js";
 
 // The frame. ----------------------------------------------------------------------------------------------------
@@ -7,11 +7,12 @@ import { channel, listen, stream, tell } from "./stream.js";
 page.changed = () => {
   const pill = $("#pill");
   const news = page.known - page.shown;
-  const shown = page.paused ? "paused" : stream.state;
+  const shown = page.paused && stream.state !== "logged out" ? "paused" : stream.state;
   pill.hidden = !page.stream || !shown;
   pill.dataset.state = shown;
   pill.setAttribute("aria-pressed", page.paused);
-  $("#pill-word").textContent = page.paused && news > 0 ? `paused, ${news} new` : shown;
+  const words = { paused: news > 0 && `paused, ${news} new`, "logged out": "logged out: log in" };
+  $("#pill-word").textContent = words[shown] || shown;
   if (!document.hidden) for (const [key] of waiting(document)) seen.add(key);
 };
 
@@ -31,10 +32,22 @@ function nextTheme() {
 
 let silence = 0;
 
+// In a dialog that is open: what stands outside of it is out of reach.
 function say(words) {
   clearTimeout(silence);
+  ($("dialog[open]") ?? document.body).append($("#said"));
   $("#said").textContent = words;
   silence = setTimeout(() => ($("#said").textContent = ""), 4000);
+  return null;
+}
+
+// A page that the server answers with; null, and why is said, where it is another than was asked for.
+async function ask(path, options) {
+  const response = await fetch(path, { headers: { Accept: "text/html" }, cache: "no-cache", ...options }).catch(() => null);
+  if (!response) return say("The server does not answer");
+  const fresh = parse(await response.text());
+  if (response.redirected && $("#token", fresh)) return say("You are logged out");
+  return response.ok ? fresh : say($("main p[dir]", fresh)?.textContent ?? response.statusText);
 }
 
 async function copy(button) {
@@ -63,9 +76,9 @@ function move(step) {
 // The forms of a task's page that change it, without going there.
 async function change(row = document.activeElement.closest("main li[id]")) {
   const link = row && $(".name, .task-name", row);
-  const response = link && (await fetch(link.href).catch(() => null));
-  if (!response?.ok || response.redirected) return;
-  const fresh = parse(await response.text());
+  if (!link) return $("main .buttons button")?.focus(); // the page is the task's own
+  const fresh = await ask(link.href);
+  if (!fresh) return;
   $("#sheet-title").textContent = link.textContent;
   $("#sheet-forms").replaceChildren($("main .buttons", fresh), ...$("#change", fresh).parentNode.querySelectorAll("form"));
   $("#sheet").showModal();
@@ -74,9 +87,7 @@ async function change(row = document.activeElement.closest("main li[id]")) {
 $("#sheet").addEventListener("submit", async (event) => {
   event.preventDefault();
   const sent = new URLSearchParams(new FormData(event.target, event.submitter));
-  const response = await fetch(event.target.getAttribute("action"), { method: "POST", body: sent }).catch(() => null);
-  if (response?.ok) $("#sheet").close();
-  else say(response ? $("main", parse(await response.text())).textContent : "The server does not answer");
+  if (await ask(event.target.getAttribute("action"), { method: "POST", body: sent })) $("#sheet").close();
 });
 
 // The palette. --------------------------------------------------------------------------------------------------
@@ -86,8 +97,8 @@ async function openPalette() {
   toggle(dialog);
   if (!dialog.open) return;
   input.value = "";
-  const response = await fetch("/palette", { cache: "no-cache" }).catch(() => null);
-  if (response?.ok && !response.redirected) morph($("#palette-list"), $("#palette-list", parse(await response.text())));
+  const fresh = await ask("/palette");
+  if (fresh) morph($("#palette-list"), $("#palette-list", fresh));
   showBell();
   filterPalette();
 }
@@ -103,6 +114,7 @@ function filterPalette() {
 }
 
 function paletteKey(event) {
+  if (event.isComposing || event.keyCode === 229) return; // Enter ends a word of an input method
   const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
   const stops = [$("#palette-query"), ...found()];
   const at = stops.indexOf(document.activeElement);
@@ -124,6 +136,7 @@ let unseen = () => {};
 
 listen((message) => {
   if (message.needs) hearNeeds(message.needs);
+  if (message.ahead !== undefined) tellTimes(document);
   if (message.seq === undefined || !stream.leading) return;
   looking ||= setTimeout(async () => {
     looking = 0;
@@ -176,6 +189,7 @@ const actions = {
   show: () => $("#feed").scrollIntoView(),
   theme: nextTheme,
   pause: () => {
+    if (stream.state === "logged out") return location.reload();
     page.paused = !page.paused;
     schedule();
   },
@@ -218,6 +232,10 @@ document.addEventListener("click", (event) => {
 document.addEventListener("visibilitychange", beSeen);
 addEventListener("pageshow", (event) => event.persisted && beSeen());
 addEventListener("storage", (event) => event.key === "monitor-theme" && showTheme(event.newValue ?? "system"));
+
+// A link to an update that stood on the newest page when the link was made.
+const [place, seq] = /^#u(\d+)$/.exec(location.hash) ?? [];
+if (place && $(".thread") && !$(place) && !location.search.includes("around=")) location.replace(`?around=${seq}${place}`);
 
 showTheme(document.documentElement.dataset.theme);
 showBell();

@@ -24,17 +24,26 @@ MISSING = [
 ]
 pytestmark = [pytest.mark.skipif(bool(MISSING) and not REQUIRED, reason=" and ".join(MISSING))]
 
-# What tests do to a page before it starts: to hide it, to make its stream deaf, to keep its notifications.
+# What tests do to a page before it starts: to hide it, to set its clock, to make its stream deaf, to keep its
+# notifications.
 RIGGED = """
 Object.defineProperty(document, 'hidden', {get: () => window.away ?? false});
 window.hide = (away) => { window.away = away; document.dispatchEvent(new Event('visibilitychange')); };
+const now = Date.now.bind(Date);
+window.ahead = Number(sessionStorage.getItem('ahead'));
+Date.now = () => now() + window.ahead;
 window.deaf = Boolean(sessionStorage.getItem('deaf'));
 const really = window.fetch;
 const silence = (signal) => new ReadableStream({
   start: (control) => signal.addEventListener('abort', () => control.error(signal.reason)),
 });
-window.fetch = async (url, options) => window.deaf && String(url).startsWith('/api/stream')
-  ? new Response(silence(options.signal)) : really(url, options);
+window.flying = window.most = 0; // how many requests for the page itself are, and were, under way
+window.fetch = async (url, options) => {
+  if (window.deaf && String(url).startsWith('/api/stream')) return new Response(silence(options.signal));
+  const whole = url instanceof URL;
+  window.most = Math.max(window.most, window.flying += whole);
+  return really(url, options).finally(() => window.flying -= whole);
+};
 window.shown = []; window.asked = 0; window.allowed = 'default';
 window.Notification = class {
   constructor(title, options) { window.shown.push([title, options.tag]); }
@@ -167,6 +176,21 @@ def test_nothing_between_render_and_subscription_is_missed(server, visit, task):
     appears(page, "stored in between")
 
 
+def test_what_comes_while_the_page_is_fetched_is_shown_without_more_news(server, visit, task):
+    page = visit(path_of(task))
+
+    def slow(route) -> None:
+        answer = route.fetch()
+        server.say(task, "too late for this answer")
+        page.wait_for_timeout(600)  # its tick is heard, and no other comes
+        route.fulfill(response=answer)
+
+    page.route("**/needs", lambda route: route.abort())  # what it tells is a reason to look again, too
+    page.route("**/tasks/*seen=*", slow, times=1)
+    server.say(task, "fetched at once")
+    appears(page, "too late for this answer")
+
+
 def test_pages_are_whole_without_javascript(server, visit, task):
     server.say(task, "it is all there")
     page = visit(path_of(task), live=False, java_script_enabled=False)
@@ -177,14 +201,39 @@ def test_pages_are_whole_without_javascript(server, visit, task):
 def test_times_are_told_in_the_readers_zone_and_grow_old(server, visit, task):
     page = visit(path_of(task), live=False, timezone_id="Asia/Tokyo", locale="en-GB")
     page.clock.install()
-    page.reload()
+    page.evaluate(
+        "sessionStorage.setItem('deaf', '1')"
+    )  # each time that it opens it tells what time it is there
     server.say(task, "just now")
-    appears(page, "just now")
+    page.reload()
     time_of = page.locator(".update time").first
     assert re.search(r"\d\d:\d\d:\d\d (GMT\+9|JST)", time_of.get_attribute("title"))
     assert re.fullmatch(r"\d s", time_of.inner_text())
     page.clock.run_for(155_000)
     assert time_of.inner_text() == "2 m"
+
+
+def test_the_activity_of_the_last_hour_moves_on_when_nothing_happens(server, visit, task):
+    server.say(task, "the last for long")
+    page = visit("/dashboard", live=False, locale="en-AU")
+    page.clock.install()
+    page.reload()
+    page.locator("#pill[data-state=live]").wait_for()
+    with page.expect_request("**/dashboard"):
+        page.clock.run_for("05:30")
+
+
+@pytest.mark.parametrize("ahead", [-600_000, 600_000])
+def test_where_the_clocks_differ_times_are_as_long_ago_as_the_server_says(server, visit, task, ahead):
+    page, other = visit("/login", live=False), visit("/login", live=False)
+    for tab in (page, other):
+        tab.evaluate("ahead => sessionStorage.setItem('ahead', ahead)", ahead)
+        tab.goto(server.url + path_of(task))
+        tab.locator("#pill[data-state=live]").wait_for()
+    server.say(task, "just now")
+    for tab in (page, other):
+        appears(tab, "just now")
+        assert re.fullmatch(r"\d s", tab.locator(".update time").first.text_content())
 
 
 def test_days_are_the_readers(server, visit, task):
@@ -211,6 +260,7 @@ def test_after_a_burst_the_page_is_fresh_and_was_never_stuck(server, visit, task
     appears(page, "the last of them", 5)
     assert main_thread(session) - before < 10
     assert page.evaluate("window.longest") < 1500
+    assert page.evaluate("[most, flying]") == [1, 0]
     assert int(page.locator("main").get_attribute("data-seq")) >= last["seq"]
     stays(page)
 
@@ -472,6 +522,17 @@ def test_an_open_fold_stays_open_while_more_calls_come(server, visit, task):
     stays_open.wait_for()
 
 
+def test_a_link_to_an_update_leads_there_when_it_is_long_past(server, visit, task):
+    first = server.say(task, "long past")
+    for number in range(100):
+        server.say(task, f"later {number}")
+    page = visit("/login", live=False)
+    page.goto(f"{server.url}{path_of(task)}#u{first['seq']}")
+    page.locator(f"#u{first['seq']}:target", has_text="long past").wait_for()
+    page.go_back()
+    assert page.url == server.url + "/login"
+
+
 def test_a_page_that_one_comes_back_to_is_live(server, visit, task):
     page = visit("/dashboard")
     page.locator(f"#t{task['number']} .name").click()
@@ -512,6 +573,21 @@ def test_a_hidden_tab_rests_and_is_right_when_it_is_looked_at(server, visit, tas
     appears(page, "nobody looks", 2)
 
 
+def test_a_leader_that_hangs_is_replaced_and_waits_again(server, visit, task):
+    leader = visit(path_of(task))
+    page = visit(path_of(task))
+    leader.evaluate("window.until = performance.now() + 7000")
+    leader.evaluate("void setTimeout(() => { while (performance.now() < until); })")
+    page.evaluate("window.ahead = 3_600_000")  # it wakes, and asks for a sign of life
+    page.wait_for_timeout(3500)
+    server.say(task, "who reads now")
+    appears(page, "who reads now", 2)
+    leader.wait_for_function("navigator.locks.query().then(({pending}) => pending.length === 1)")
+    page.close()
+    server.say(task, "the first again")
+    appears(leader, "the first again")
+
+
 def test_without_locks_the_stream_closes_while_hidden(server, visit, task):
     page = visit(path_of(task), live=False, locale="en-US")
     page.context.add_init_script("delete Navigator.prototype.locks")
@@ -545,14 +621,20 @@ def test_another_database_behind_the_address_is_shown(fresh, visit, tmp_path):
     server = fresh()
     for number in range(5):
         server.new_task(f"old {number}")
-    page = visit("/dashboard", server)
+    for number in range(40):
+        server.say(server.get("/api/tasks/1"), f"old news {number}")
+    page, reading = visit("/dashboard", server), visit("/stream", server)
+    reading.evaluate("scrollTo(0, 500)")
     server.kill()
     server.database = tmp_path / "another.db"
     server.start()
-    server.new_task("of the other database")
+    server.say(server.new_task("of the other database"), "its only update")
     appears(page, "of the other database")
     appears(page, "1 open")
     assert page.get_by_text("old 1").count() == 0
+    reading.locator("#news a:visible", has_text="1 new").click()
+    appears(reading, "its only update")
+    assert reading.get_by_text("old news").count() == 0
 
 
 def test_after_an_hours_sleep_it_is_right_within_two_seconds(server, visit, task):
@@ -568,6 +650,28 @@ def test_after_an_hours_sleep_it_is_right_within_two_seconds(server, visit, task
     page.clock.fast_forward("01:00:00")
     appears(page, "while it slept", 2)
     page.locator("#pill[data-state=live]").wait_for()
+
+
+def test_the_tab_in_view_is_right_after_sleep_also_where_a_hidden_one_reads(server, visit, task):
+    """The timers of a hidden tab run once a minute: it does not notice soon that its stream is dead."""
+    leader = visit(path_of(task))
+    leader.evaluate("sessionStorage.setItem('deaf', '1')")
+    leader.reload()
+    page = visit(path_of(task), live=False)
+    leader.evaluate("hide(true); window.deaf = false")
+    page.evaluate("window.ahead = 3_600_000")
+    page.locator("#pill[data-state=live]").wait_for(timeout=2000)
+    server.say(task, "after it woke")
+    appears(page, "after it woke", 2)
+
+
+def test_a_request_without_an_end_holds_nothing_up(server, visit, task):
+    page = visit(path_of(task))
+    page.route("**/tasks/*seen=*", lambda route: None, times=1)
+    with page.expect_request("**/tasks/*seen=*"):
+        server.say(task, "asked for, never answered")
+    page.evaluate("dispatchEvent(new Event('online'))")
+    appears(page, "asked for, never answered", 2)
 
 
 def test_when_the_network_is_back_the_page_is_right_within_two_seconds(server, visit, task):
@@ -607,10 +711,15 @@ def test_notifications_are_asked_for_by_a_click_and_come_once_a_task_in_the_back
     page.locator(".tools [data-do=notify]").click()
     page.wait_for_function("() => asked === 1")
     assert not page.locator(".tools [data-do=notify]").is_visible()
+    other = visit("/stream", server)
     page.evaluate("hide(true)")
+    ask_permission(server, "in view of the other tab")
+    page.wait_for_function("() => document.title.startsWith('(2) ')")
+    page.evaluate("navigator.locks.query()")  # answered after the page's own: it knows of the tab in view
+    other.evaluate("hide(true)")
     task = ask_permission(server, "hidden")
     page.wait_for_function("() => shown.length === 1")
-    page.wait_for_function("() => document.title.startsWith('(2) ')")
+    page.wait_for_function("() => document.title.startsWith('(3) ')")
     server.say(task, "more of it")
     page.wait_for_timeout(2000)
     assert page.evaluate("shown")[0][1] == f"n{task['number']}"
@@ -643,6 +752,24 @@ def test_keys_lead_through_rows_and_pages(server, visit, task):
     assert page.url.endswith("/dashboard") and not page.locator("#help").is_visible()
 
 
+@pytest.mark.parametrize("path", ["/dashboard", "/stream", "TASK"])
+def test_everything_is_reached_by_tab_with_a_visible_focus(server, visit, task, path):
+    server.say(task, "a row", level="error", tags=["a"], data={"output": "b"})
+    page = visit(path.replace("TASK", path_of(task)) + f"?q={task['number']}")
+    every = "[...document.querySelectorAll('a, button, input, select, textarea, summary, pre')]"
+    every += ".filter((one) => one.tabIndex >= 0 && one.type !== 'hidden' && one.checkVisibility())"
+    wanted, reached = page.evaluate(f"(window.every = {every}).length"), set()
+    for _ in range(wanted):
+        page.keyboard.press("Tab")
+        place, outline, shown = page.evaluate(
+            "[every.indexOf(document.activeElement), getComputedStyle(document.activeElement).outlineStyle,"
+            " document.activeElement.getBoundingClientRect().width > 0]"
+        )
+        assert (outline, shown) == ("solid", True), place
+        reached.add(place)
+    assert reached == set(range(wanted))
+
+
 def test_x_changes_the_task_of_a_row_without_leaving(server, visit, task):
     page = visit("/dashboard")
     row = page.locator(f"#t{task['number']}")
@@ -661,6 +788,26 @@ def test_x_changes_the_task_of_a_row_without_leaving(server, visit, task):
     page.locator("#sheet button", has_text="Hide").click()
     row.wait_for(state="detached")
     stays(page)
+
+
+def test_x_on_a_tasks_own_page_leads_to_its_buttons(server, visit, task):
+    page = visit(path_of(task))
+    page.keyboard.press("x")
+    page.keyboard.press("Enter")
+    page.locator(".head .status.done").wait_for()
+
+
+def test_why_a_change_was_refused_is_said_in_its_dialog(server, visit, task):
+    page = visit("/dashboard")
+    page.locator(f"#t{task['number']} .name").focus()
+    page.keyboard.press("x")
+    page.locator("#sheet [name=name]").fill(" ")
+    page.locator("#sheet [name=name]").press("Enter")
+    page.locator("#sheet #said", has_text="name must not be empty").wait_for()
+    page.keyboard.press("Escape")
+    page.context.set_offline(True)
+    page.keyboard.press("x")
+    page.locator("#said", has_text="The server does not answer").wait_for()
 
 
 def test_a_task_is_copied_as_markdown(server, visit, task):
@@ -686,6 +833,33 @@ def test_where_a_token_is_needed_a_browser_logs_in_and_is_live(fresh, visit):
     stays(page)
 
 
+def test_a_page_whose_session_ends_rests_until_the_next_login(fresh, visit):
+    server = fresh(MONITOR_AUTH_MODE="strict", MONITOR_API_TOKENS="s3cret")
+    server.session.headers["Authorization"] = "Bearer s3cret"
+    task = server.new_task()
+
+    def log_in(page) -> None:
+        page.locator("#token").fill("s3cret")
+        page.locator("#token").press("Enter")
+        page.locator("#pill[data-state=live]").wait_for()
+
+    page = visit("/dashboard", server, live=False)
+    log_in(page)
+    page.context.clear_cookies()
+    asked = []
+    page.on("request", lambda request: asked.append(request.url.partition("?")[0]))
+    server.say(task, "behind the door")
+    page.locator("#pill", has_text="log in").wait_for()
+    page.wait_for_timeout(2500)
+    assert asked.count(server.url + "/dashboard") == 1
+    page.locator(".task .name").focus()
+    page.keyboard.press("x")
+    page.locator("#said", has_text="You are logged out").wait_for()
+    log_in(visit("/stream", server, live=False))
+    appears(page, "behind the door")
+    page.locator("#pill[data-state=live]").wait_for()
+
+
 def test_pages_ask_nobody_but_their_server(server, visit, task):
     page = visit("/dashboard", locale="fr-FR")
     asked = []
@@ -708,6 +882,12 @@ def test_the_palette_leads_to_tasks_workstreams_and_actions(server, visit, task)
     assert not page.locator("#palette").is_visible()
     page.keyboard.press("Control+k")
     page.locator("#palette-list li").first.wait_for()
+    page.keyboard.type("fence paint")
+    page.locator("#palette-query").dispatch_event("keydown", {"key": "Enter", "isComposing": True})
+    assert page.locator("#palette").is_visible()  # an input method's Enter is not ours
+    page.keyboard.press("Escape")
+    assert not page.locator("#palette").is_visible()
+    page.keyboard.press("Control+k")
     page.keyboard.type("fence paint")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")

@@ -257,6 +257,16 @@ def test_a_task_page_shows_where_it_stands(server, story):
     assert story["task"]["id"] in shown
 
 
+def test_a_task_page_shows_where_its_agents_work(server, task, tmp_path):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "HEAD").write_text("ref: refs/heads/fix-7\n")
+    hook = {"hook_event_name": "SessionStart", "session_id": "5a5a5a5a-3", "cwd": str(tmp_path)}
+    server.ask("POST", f"/api/hooks/claude?task_id={task['number']}", hook)
+    page = look(server, page_of(task))
+    assert "claude:5a5a5a5a" in page.main
+    assert {"fix-7", str(tmp_path)} <= {code["title"] or code.text for code in page.all("code")}
+
+
 def test_a_task_page_shows_its_updates_newest_first(server, story):
     page = look(server, page_of(story["task"]))
     rows = [item for item in page.all("li") if item["id"].startswith("u")]
@@ -1111,6 +1121,14 @@ def test_no_page_has_script_or_style_of_its_own(every_page):
         assert {name for name in given if name == "style" or name.startswith("on")} == set()
 
 
+def test_no_html_is_made_in_javascript():
+    for name in ("live.js", "page.js", "stream.js"):
+        text = (ROOT / "static" / name).read_text()
+        assert (
+            re.findall(r"innerHTML|outerHTML =|insertAdjacent|createElement|document\.write", text) == []
+        ), name
+
+
 def test_a_page_needs_nothing_from_elsewhere(every_page):
     for page in every_page.values():
         files = page.all("link", "script", "img", "source", "iframe", "object", "embed")
@@ -1415,6 +1433,18 @@ def test_the_demo_shows_an_agent_that_waits_and_a_build_that_failed(demo):
     for update in (asking[0], failed):
         assert update["message"].partition("\n")[0][:60] in look(demo, f"/tasks/{update['task_id']}").main
     assert asking[0]["message"].partition("\n")[0][:60] in shown
+
+
+def test_a_task_page_leads_to_its_pull_requests_and_runs_of_ci(demo):
+    task = next(task for task in demo.get("/api/tasks")["items"] if "ci" in task and "pull_requests" in task)
+    links = {link["href"] for link in look(demo, page_of(task)).all("a")}
+    assert {pull["url"] for pull in task["pull_requests"]} | {task["ci"]["url"]} <= links
+
+
+def test_the_tab_shows_the_worst_of_what_waits(demo):
+    (icon,) = [link["href"] for link in look(demo, "/stream").all("link") if link["rel"] == "icon"]
+    states = {task.get("attention", {}).get("state") for task in demo.get("/api/tasks")["items"]}
+    assert states > {"blocked", "failed"} and "favicon-failed" in icon
 
 
 def test_the_demos_past_is_past_and_its_pages_hold_together(demo):
