@@ -396,7 +396,7 @@ def test_lanes_are_live_pinned_by_a_click_and_in_the_address(server, visit, task
 
 def test_a_row_leads_to_its_task_wherever_it_is_clicked(server, visit, task):
     server.say(task, "words beside the name")
-    page = visit("/dashboard")
+    page = visit(f"/dashboard?workstream_id={task['workstream_id']}")
     page.locator(f"#t{task['number']} .last").click(force=True)  # the link lies over it
     page.wait_for_url(server.url + path_of(task))
 
