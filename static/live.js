@@ -61,7 +61,7 @@ document.addEventListener("input", (event) => edited.add(event.target));
 const isTouched = (node) =>
   isControl(node) && (node === document.activeElement || edited.has(node) || (node.defaultValue ?? node.value) !== node.value);
 
-const isSameRow = (old, next) => old.tagName === "LI" && old.isEqualNode(next); // most are: that is half the work
+const isSameRow = (old, next) => old.tagName === "LI" && old.isEqualNode(next); // most are, and this is native code
 
 export function morph(shown, fresh, navigating = false) {
   const kept = navigating ? null : held();
@@ -232,6 +232,8 @@ document.addEventListener("submit", (event) => {
   go(url);
 });
 
+addEventListener("scrollend", () => history.replaceState({ y: scrollY }, "")); // Forward leads back to it, too
+
 addEventListener("popstate", async ({ state }) => {
   if (page.address === location.pathname + location.search) return; // only the #place changed
   page.address = location.pathname + location.search;
@@ -244,7 +246,7 @@ noteRead();
 setInterval(() => {
   tellTimes(document);
   if (!rests() && performance.now() > notBefore + 300000) refresh(); // strips of activity move on, too
-}, 30000);
+}, 5000);
 if (page.stream) {
   subscribe(() => ({ seq: page.known, stream: page.stream }), () => document.hidden || page.paused || refresh());
 }

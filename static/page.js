@@ -207,12 +207,13 @@ const keys = {
 let typed = { key: "", at: 0 };
 
 document.addEventListener("keydown", (event) => {
-  if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "k") {
+  if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "k" && !event.shiftKey) {
     event.preventDefault();
     return openPalette();
   }
   if (event.key === "Escape") $("#needs").open = false;
-  if (event.ctrlKey || event.metaKey || event.altKey || isControl(event.target) || $("dialog[open]")) return;
+  const ours = event.key === "?" && $("#help").open; // it closes what it has opened
+  if (event.ctrlKey || event.metaKey || event.altKey || isControl(event.target) || ($("dialog[open]") && !ours)) return;
   const pair = typed.key === "g" && event.timeStamp - typed.at < 1000 ? "g" + event.key : event.key;
   typed = { key: event.key, at: event.timeStamp };
   if (!keys[pair]) return;

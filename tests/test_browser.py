@@ -458,6 +458,23 @@ def test_back_forward_and_reload_show_what_the_address_says(server, visit, task)
     assert (search.input_value(), page.get_by_text("apples and pears").count()) == ("plums", 0)
 
 
+def test_forward_leads_to_the_place_in_a_list_as_back_does(server, visit, task):
+    for number in range(101):
+        server.say(task, f"a line, {number}")
+    page = visit(f"/stream?task_id={task['number']}")
+    page.get_by_role("link", name="Older updates").click()
+    page.wait_for_url("**before_seq=*")
+    page.get_by_role("link", name="Newest updates").click()
+    appears(page, "a line, 100")
+    page.evaluate("scrollTo(0, 900)")
+    page.wait_for_function("() => history.state?.y === 900")
+    page.go_back()
+    appears(page, "a line, 0")
+    page.go_forward()
+    page.wait_for_function("() => scrollY === 900")
+    stays(page)
+
+
 def test_chips_and_fields_filter_in_place_and_stay_while_the_page_lives(server, visit, task):
     server.say(task, "a quince", level="error", tags=["fruit"])
     server.say(task, "a leek", level="error", tags=["greens"])
@@ -745,6 +762,11 @@ def test_keys_lead_through_rows_and_pages(server, visit, task):
     page.keyboard.press("?")
     assert page.locator("#help").is_visible()
     page.keyboard.press("Escape")
+    assert not page.locator("#help").is_visible()
+    page.keyboard.press("?")
+    page.keyboard.press("j")
+    assert page.locator("#help").is_visible()
+    page.keyboard.press("?")
     assert not page.locator("#help").is_visible()
     page.keyboard.press("/")
     page.keyboard.type("gs?jp")
