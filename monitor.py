@@ -74,7 +74,7 @@ import time
 import tty
 import types
 import uuid
-from collections import Counter, deque, namedtuple
+from collections import Counter, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -1296,23 +1296,22 @@ class Kind(NamedTuple):
     name: str
     table: str
     view: str
-    columns: str
+    columns: tuple[str, ...]
     new: Fields
     changes: Fields
 
     def make(self, row: sqlite3.Row) -> dict[str, Any]:
         """A row as the JSON object clients know: what has no value is left out."""
         row = dict(zip(row.keys(), row, strict=True))  # a Row goes through all its names for each
-        found = {name: row[name] for name in self.columns.split() if row[name] is not None}
+        found = {name: row[name] for name in self.columns if row[name] is not None}
         return found | {name: json.loads(found[name]) for name in JSON_COLUMNS if name in found}
 
 
 JSON_COLUMNS = ("metadata", "attention", "ci", "pull_requests")
-COLUMNS = "id name status created_at updated_at metadata"
+COLUMNS = ("id", "name", "status", "created_at", "updated_at", "metadata")
 WORKSTREAM = Kind("workstream", "workstreams", "workstreams", COLUMNS, NEW_WORKSTREAM, WORKSTREAM_CHANGES)
-COLUMNS += " number workstream_id summary_text summary_updated_at summary_source hidden_at attention"
-COLUMNS += " ci pull_requests"
-TASK = Kind("task", "tasks", "task_rows", COLUMNS, NEW_TASK, TASK_CHANGES)
+COLUMNS += ("number", "workstream_id", "summary_text", "summary_updated_at", "summary_source", "hidden_at")
+TASK = Kind("task", "tasks", "task_rows", COLUMNS + JSON_COLUMNS[1:], NEW_TASK, TASK_CHANGES)
 KINDS = {"workstream": WORKSTREAM, "task": TASK}
 
 
@@ -1580,12 +1579,13 @@ class Queries:
         return tuple(self.first("SELECT seq, event, body FROM log ORDER BY seq DESC LIMIT 1") or (0, "", ""))
 
     def news_of_tasks(self) -> dict[str, dict[str, Any]]:
-        """By each task's id `since` when it has its status, `seq` and `source` of its newest update."""
+        """By each task's id `since` when it has its status, `seq` and service of its newest update."""
         sql = """
-            SELECT tasks.id, coalesce(status_since, created_at) AS since, seq, source
+            SELECT tasks.id, coalesce(status_since, created_at), seq,
+                   substr(source, 1, instr(source || ':', ':') - 1)
             FROM tasks LEFT JOIN updates ON seq = (SELECT MAX(seq) FROM updates WHERE task = tasks.number)
         """
-        return {row["id"]: dict(row) for row in self.rows(sql)}
+        return {id: {"since": at, "seq": seq, "source": who} for id, at, seq, who in self.rows(sql)}
 
     def newest_of_tasks(self, ids: list[str]) -> dict[str, dict[str, Any]]:
         """The newest update of each of these tasks that has one, by the task's id."""
@@ -4002,17 +4002,17 @@ def dashboard(q: Queries, wanted: dict[str, Any]) -> dict[str, Any]:
     chosen |= {"attention": wanted["attention"]} if "attention" in wanted else {}
     if "workstream_id" in wanted:
         chosen["workstream_id"] = [q.one(WORKSTREAM, wanted["workstream_id"])["id"]]
-    counts: dict[str, Any] = {n: Counter() for n in ("status", "attention", "source", "workstream_id")}
+    counts: dict[str, Counter] = defaultdict(Counter)
     groups: dict[str, dict[str, list]] = {}
     news = q.news_of_tasks()
     place = {"status": "status", "none": None}.get(wanted.get("group"), "workstream_id")
     for task in q.tasks(scope):
         task |= news[task["id"]]
-        values = task | {"attention": task.get("attention", {}).get("state")}
-        values["source"] = task["source"] and task["source"].partition(":")[0]
-        missed = {name for name in chosen if values[name] not in chosen[name]}
-        for name, count in counts.items():
-            count[values[name]] += missed <= {name}
+        values = {name: task[name] for name in ("status", "source", "workstream_id")}
+        values["attention"] = task.get("attention", {}).get("state")
+        missed = [name for name in chosen if values[name] not in chosen[name]]
+        for name, value in values.items():
+            counts[name][value] += missed in ([], [name])
         if not missed:
             parts = groups.setdefault(task.get(place, "all"), {"open": [], "closed": []})
             parts["open" if task["status"] in OPEN else "closed"].append(task)

@@ -176,7 +176,7 @@ def properties(name: str) -> dict:
 
 @pytest.mark.parametrize(("name", "kind"), [("Workstream", monitor.WORKSTREAM), ("Task", monitor.TASK)])
 def test_a_workstream_and_a_task_have_the_fields_that_are_read_from_their_rows(name, kind):
-    assert set(properties(name)) == set(words(kind.columns))
+    assert set(properties(name)) == set(kind.columns)
     assert properties(name)["status"]["enum"] == kind.changes["status"].schema["enum"]
 
 
