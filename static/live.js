@@ -181,7 +181,7 @@ export async function refresh(navigating = false) {
   } finally {
     if (mine === request) {
       request = null;
-      notBefore = performance.now() + (failed ? 1000 : Math.min(800, Math.max(400, 3 * (performance.now() - began))));
+      notBefore = performance.now() + (failed ? 1000 : Math.min(2000, Math.max(300, 2 * (performance.now() - began))));
       schedule();
     }
   }
