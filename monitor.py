@@ -567,12 +567,12 @@ MASKED = (MASK, r"\1" + MASK, r"\1" + MASK + r"\2")
 
 
 def redact_text(text: str) -> str:
-    """Mask what looks like a secret in a text."""
-    lowered = text.lower()
+    """Mask what looks like a secret in a text, also what looks so only beside a mask."""
+    masked, lowered = text, text.lower()
     for marks, pattern in tables().secrets:
         if any(map(lowered.__contains__, marks)):
-            text = pattern.sub(lambda found: found.expand(MASKED[found.re.groups]), text)
-    return text
+            masked = pattern.sub(lambda found: found.expand(MASKED[found.re.groups]), masked)
+    return masked if masked == text else redact_text(masked)
 
 
 def redact(value: Any) -> Any:

@@ -251,6 +251,11 @@ def test_what_was_masked_once_is_not_masked_again(value):
     assert monitor.redact(once) == once
 
 
+def test_a_secret_that_begins_where_another_ends_is_masked_too():
+    glued = f"AIza{SOME * 2}"[:39] + f"sk-{SOME * 2}"
+    assert monitor.redact_text(glued) == monitor.MASK * 2
+
+
 PRESSED = [
     "a.",
     "a+",
