@@ -626,6 +626,8 @@ def test_who_asks_is_named_with_the_time_since_when(crowd):
     page = look(server, page_of(tasks["open pears"]))
     (box,) = [each for each in page.all("section") if "attention-box" in each["class"]]
     assert "claude:5a5a5a5a" in box.text
+    folder = server.get("/api/sessions", task_id=tasks["open pears"]["id"])["items"][0]["folder"]
+    assert f"in {folder}" in " ".join(box.text.split())  # which of his terminals to go to
     run, said = box.all("a")
     assert run["href"][1:] in [item["id"] for item in page.all("li")]
     assert said["href"].partition("#")[2] in [item["id"] for item in look(server, said["href"]).all("li")]
