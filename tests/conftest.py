@@ -32,6 +32,11 @@ def clean_environment(**settings: str) -> dict[str, str]:
     return kept | {"PYTHONUNBUFFERED": "1", "COVERAGE_PROCESS_START": "", "MONITOR_SPOOL": "off"} | settings
 
 
+# Started in the background of a script we ignore Ctrl-C, and so would all that we start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Server:
     """A `monitor serve` process on a free port, and a client for it."""
 
